@@ -1,0 +1,8 @@
+"""Plain data that every level may use; no detectron2 model code."""
+
+from imgcls.structures.batch import Batch
+from imgcls.structures.contract import PreprocessingContract
+from imgcls.structures.load_report import LoadReport
+from imgcls.structures.problem import Problem
+
+__all__ = ["Batch", "LoadReport", "PreprocessingContract", "Problem"]
