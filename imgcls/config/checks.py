@@ -1,0 +1,179 @@
+"""The collector of checks, and the checks of single keys: tables of what each key may hold.
+
+Every package registers its own checks with `register_check`; before anything is built, `require_sound` runs
+them all and reports every problem at once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf, isfinite
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from imgcls.structures.problem import Problem
+
+Check = Callable[[CfgNode], list[Problem]]
+
+_checks: dict[str, Check] = {}
+
+
+def register_check(check: Check) -> Check:
+    """Decorator: have ``check(cfg)`` asked for problems before anything is built.
+
+    Known by module and name, so that a module loaded twice does not report twice.
+    """
+    _checks[f"{check.__module__}.{check.__qualname__}"] = check
+    return check
+
+
+def all_problems(cfg: CfgNode) -> list[Problem]:
+    """What every registered check finds wrong with ``cfg``, in the order of registration."""
+    return [problem for check in _checks.values() for problem in check(cfg)]
+
+
+def require_sound(cfg: CfgNode) -> None:
+    """Raise one ``ValueError`` that lists every problem of ``cfg``, one a line."""
+    problems = all_problems(cfg)
+    if problems:
+        raise ValueError("\n".join(map(str, problems)))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a key may hold, in words and as a test."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def whole(low: int, high: float = inf) -> Limit:
+    """A whole number from ``low`` to ``high``, both included."""
+    text = f"a whole number >= {low}" if high == inf else f"a whole number from {low} to {high}"
+    return Limit(text, lambda value: type(value) is int and low <= value <= high)
+
+
+def from_zero(below: float = inf) -> Limit:
+    """A finite number that is at least 0 and less than ``below``."""
+    text = "a finite number >= 0" if below == inf else f"a number >= 0 and < {below:g}"
+    return Limit(text, lambda value: _is_number(value) and 0 <= value < below)
+
+
+def above_zero() -> Limit:
+    """A finite number greater than 0."""
+    return Limit("a finite number > 0", lambda value: _is_number(value) and value > 0)
+
+
+def one_of(*names: str) -> Limit:
+    """One of the names, spelt exactly so."""
+    return Limit(", ".join(names), lambda value: value in names)
+
+
+def each(limit: Limit, count: int | None = None, *, rising: bool = False) -> Limit:
+    """A list of ``count`` values (None: any number) that hold ``limit`` each, and rise strictly if asked."""
+    number = "a list" if count is None else f"{count} values"
+    text = f"{number}{', rising' if rising else ''}, each {limit.allowed}"
+
+    def holds(value: Any) -> bool:
+        return (
+            isinstance(value, list | tuple)
+            and count in (None, len(value))
+            and all(limit.holds(item) for item in value)
+            and (not rising or all(a < b for a, b in pairwise(value)))
+        )
+
+    return Limit(text, holds)
+
+
+# True of any run that detectron2 can make, a stock detector's included.
+ANY_CONFIG: dict[str, Limit] = {
+    "SOLVER.IMS_PER_BATCH": whole(1),
+    "SOLVER.BASE_LR": from_zero(),  # 0 is allowed: nothing may move then, and tests ask for that
+    "SOLVER.MAX_ITER": whole(1),
+    "SOLVER.CHECKPOINT_PERIOD": whole(1),
+    "SOLVER.WARMUP_ITERS": whole(0),
+    "SOLVER.STEPS": each(whole(0), rising=True),
+    "SOLVER.MOMENTUM": from_zero(below=1),
+    "SOLVER.WEIGHT_DECAY": from_zero(),
+    "SOLVER.MAX_EPOCHS": from_zero(),
+    "SOLVER.WARMUP_EPOCHS": from_zero(),
+    "SOLVER.STEPS_EPOCHS": each(above_zero(), rising=True),
+    "SOLVER.CHECKPOINT_EPOCHS": from_zero(),
+    "SOLVER.CHECKPOINT_KEEP": whole(1),
+    "SOLVER.LOG_PERIOD": whole(1),
+    "TEST.EVAL_PERIOD": whole(0),
+    "TEST.EVAL_EPOCHS": from_zero(),
+    "DATALOADER.NUM_WORKERS": whole(0),
+}
+
+# Only where the trunk is ours: another builder may give these keys another meaning.
+OUR_BACKBONE: dict[str, Limit] = {
+    "MODEL.BACKBONE.STEM": one_of("standard", "small"),
+    "MODEL.BACKBONE.NORM": one_of("auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN"),
+    "MODEL.BACKBONE.FREEZE_AT": whole(0, 5),
+    "MODEL.PIXEL_MEAN": each(from_zero()),
+    "MODEL.PIXEL_STD": each(above_zero()),
+}
+
+# Only in classification; a detector leaves these keys unread, or reads names of its own there.
+CLASSIFIER: dict[str, Limit] = {
+    "SOLVER.LR_SCHEDULER_NAME": one_of("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "SOLVER.OPTIMIZER": one_of("SGD", "AdamW"),
+    "SOLVER.BETAS": each(from_zero(below=1), 2),
+    "SOLVER.AMP.DTYPE": one_of("float16", "bfloat16"),
+    "TEST.IMS_PER_BATCH": whole(1),
+    "DATALOADER.TIMEOUT": from_zero(),
+    "DATALOADER.PACKING": one_of("tensors", "dicts"),
+    "MODEL.HEAD.NUM_CLASSES": whole(0),
+    "MODEL.HEAD.DROPOUT": from_zero(below=1),
+    "MODEL.LOSS.LABEL_SMOOTHING": from_zero(below=1),
+    "INPUT.TRAIN_SIZE": whole(1),
+    "INPUT.TEST_SIZE": whole(1),
+    "INPUT.TEST_RESIZE": whole(0),
+    "INPUT.INTERPOLATION": one_of("nearest", "bilinear", "bicubic"),
+}
+
+
+@register_check
+def check_keys(cfg: CfgNode) -> list[Problem]:
+    """Every key of the tables that apply to this config."""
+    classifies = cfg.MODEL.META_ARCHITECTURE == "ClsNet"
+    ours = classifies or cfg.MODEL.BACKBONE.NAME.startswith("build_imgcls_")
+    applying = [ANY_CONFIG, OUR_BACKBONE if ours else {}, CLASSIFIER if classifies else {}]
+    return [problem for table in applying for problem in _outside(cfg, table)]
+
+
+@register_check
+def check_test_crop(cfg: CfgNode) -> list[Problem]:
+    """The centre crop of an evaluation must fit into the resized image."""
+    if cfg.MODEL.META_ARCHITECTURE != "ClsNet" or _outside(cfg, CLASSIFIER):
+        return []
+    resize, size = cfg.INPUT.TEST_RESIZE, cfg.INPUT.TEST_SIZE
+    if resize == 0 or resize >= size:
+        return []
+    allowed = f"0 (no crop), or at least INPUT.TEST_SIZE {size}"
+    return [Problem("the centre crop is larger than the image", resize, allowed, "INPUT.TEST_RESIZE")]
+
+
+def _outside(cfg: CfgNode, table: Mapping[str, Limit]) -> list[Problem]:
+    return [
+        Problem("the value is out of range", value, limit.allowed, key)
+        for key, limit in table.items()
+        for value in _values(cfg, key)
+        if not limit.holds(value)
+    ]
+
+
+def _values(cfg: CfgNode, key: str) -> list[Any]:
+    """The value of a dotted key as a list of one; none if the config lacks it, as a stock one lacks ours."""
+    node: Any = cfg
+    for part in key.split("."):
+        if part not in node:
+            return []
+        node = node[part]
+    return [node]

@@ -1,0 +1,223 @@
+"""The collector of checks and the tables of what each key may hold."""
+
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+
+from imgcls.config import checks
+from imgcls.config.checks import (
+    ANY_CONFIG,
+    CLASSIFIER,
+    OUR_BACKBONE,
+    all_problems,
+    check_keys,
+    check_test_crop,
+    register_check,
+    require_sound,
+)
+from imgcls.config.defaults import add_imgcls_config
+from imgcls.config.loading import load_config
+from imgcls.structures.problem import Problem
+
+ZOO = Path(str(files("detectron2") / "model_zoo" / "configs"))
+NAN, INF = math.nan, math.inf
+
+
+@pytest.fixture(autouse=True)
+def only_these_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the checks that other packages registered, and without ours left behind."""
+    monkeypatch.setattr(checks, "_checks", {})
+    for check in (check_keys, check_test_crop):
+        register_check(check)
+
+
+def classifier(**keys: Any) -> CfgNode:
+    cfg = add_imgcls_config(get_cfg())
+    cfg.MODEL.META_ARCHITECTURE = "ClsNet"
+    for key, value in keys.items():
+        put(cfg, key.replace("__", "."), value)
+    return cfg
+
+
+def put(cfg: CfgNode, key: str, value: Any) -> None:
+    *groups, leaf = key.split(".")
+    node = cfg
+    for group in groups:
+        node = node[group]
+    assert leaf in node
+    node[leaf] = value
+
+
+# Key -> values that must be refused, values that must pass (the ends of the range among both).
+EPOCHS = ([-0.1, NAN, INF, None], [0, 0.0, 0.5, 90.0])
+VALUES: dict[str, tuple[list[Any], list[Any]]] = {
+    "SOLVER.IMS_PER_BATCH": ([0, -1, 1.0, True, None], [1, 4096]),
+    "SOLVER.BASE_LR": ([-1e-9, NAN, INF, -INF, None, "0.1", True], [0.0, 0, 1e-8, 10.0]),
+    "SOLVER.MAX_ITER": ([0, -5, None], [1, 10**7]),
+    "SOLVER.CHECKPOINT_PERIOD": ([0, -1], [1]),
+    "SOLVER.WARMUP_ITERS": ([-1, 0.5], [0, 1]),
+    "SOLVER.STEPS": ([(2, 1), (1, 1), (-1,), ("1",), 3, (1.5,)], [(), (1,), [1, 2], (0, 5)]),
+    "SOLVER.MOMENTUM": ([-0.1, 1.0, NAN], [0.0, 0.9, 0.9999]),
+    "SOLVER.WEIGHT_DECAY": ([-1e-9, NAN, INF], [0.0, 1e-4]),
+    "SOLVER.MAX_EPOCHS": EPOCHS,
+    "SOLVER.WARMUP_EPOCHS": EPOCHS,
+    "SOLVER.STEPS_EPOCHS": ([[0], [2, 1], [1, 1], [NAN], [-1], 3.0], [[], [0.5, 30], (1, 2)]),
+    "SOLVER.CHECKPOINT_EPOCHS": EPOCHS,
+    "SOLVER.CHECKPOINT_KEEP": ([0, -1], [1]),
+    "SOLVER.LOG_PERIOD": ([0], [1]),
+    "TEST.EVAL_PERIOD": ([-1, 0.5], [0, 1]),
+    "TEST.EVAL_EPOCHS": EPOCHS,
+    "DATALOADER.NUM_WORKERS": ([-1, 1.0], [0, 64]),
+    "MODEL.BACKBONE.STEM": (["", "Standard", "tiny"], ["standard", "small"]),
+    "MODEL.BACKBONE.NORM": (
+        ["", "bn", "LN", "frozen"],
+        ["auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN"],
+    ),
+    "MODEL.BACKBONE.FREEZE_AT": ([-1, 6, 2.0, None], [0, 5]),
+    "MODEL.PIXEL_MEAN": ([[NAN], [-1.0], 3.0, ["0"]], [[0.0], [103.5, 116.3, 123.7]]),
+    "MODEL.PIXEL_STD": ([[0.0, 1.0, 1.0], [NAN], [-1.0], [INF]], [[1.0], [58.4, 57.1, 57.4]]),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        ["", "WarmupPolyLR", "warmupcosinelr"],
+        ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"],
+    ),
+    "SOLVER.OPTIMIZER": (["sgd", "Adam", ""], ["SGD", "AdamW"]),
+    "SOLVER.BETAS": (
+        [[0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, NAN], 0.9, [0.9] * 3],
+        [[0.0, 0.999], (0.9, 0.95)],
+    ),
+    "SOLVER.AMP.DTYPE": (["fp16", "float32", ""], ["float16", "bfloat16"]),
+    "TEST.IMS_PER_BATCH": ([0, -1, 1.5], [1, 512]),
+    "DATALOADER.TIMEOUT": ([-1, NAN], [0, 120]),
+    "DATALOADER.PACKING": (["", "list"], ["tensors", "dicts"]),
+    "MODEL.HEAD.NUM_CLASSES": ([-1, 10.0], [0, 1, 1000]),
+    "MODEL.HEAD.DROPOUT": ([-0.1, 1.0, NAN], [0.0, 0.999]),
+    "MODEL.LOSS.LABEL_SMOOTHING": ([-0.1, 1.0, NAN], [0.0, 0.1]),
+    "INPUT.TRAIN_SIZE": ([0, -1, 224.0], [1, 224]),
+    "INPUT.TEST_SIZE": ([0, -1], [1, 224]),
+    "INPUT.TEST_RESIZE": ([-1, 256.0], [0, 256]),
+    "INPUT.INTERPOLATION": (["", "Bilinear", "lanczos"], ["nearest", "bilinear", "bicubic"]),
+}
+WRONG = [(key, value) for key, (wrong, _) in VALUES.items() for value in wrong]
+RIGHT = [(key, value) for key, (_, right) in VALUES.items() for value in right]
+
+
+def test_the_values_here_cover_the_tables() -> None:
+    assert set(VALUES) == set(ANY_CONFIG) | set(OUR_BACKBONE) | set(CLASSIFIER)
+    assert sum(map(len, (ANY_CONFIG, OUR_BACKBONE, CLASSIFIER))) == len(VALUES)  # no key in two tables
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=str)
+def test_a_value_out_of_range_is_named(key: str, value: Any) -> None:
+    cfg = classifier()
+    put(cfg, key, value)
+    (problem,) = all_problems(cfg)
+    assert problem.key == key and problem.allowed
+    assert problem.value is value
+
+
+@pytest.mark.parametrize(("key", "value"), RIGHT, ids=str)
+def test_a_value_in_range_passes(key: str, value: Any) -> None:
+    cfg = classifier()
+    put(cfg, key, value)
+    assert all_problems(cfg) == []
+
+
+def test_the_allowed_values_are_told_in_words() -> None:
+    cfg = classifier(SOLVER__OPTIMIZER="Adam", SOLVER__MOMENTUM=1.5, MODEL__BACKBONE__FREEZE_AT=9)
+    assert sorted(map(str, all_problems(cfg))) == [
+        "the value is out of range: got 'Adam'; allowed: SGD, AdamW; change SOLVER.OPTIMIZER",
+        "the value is out of range: got 1.5; allowed: a number >= 0 and < 1; change SOLVER.MOMENTUM",
+        "the value is out of range: got 9; allowed: a whole number from 0 to 5; change MODEL.BACKBONE.FREEZE_AT",
+    ]
+
+
+@pytest.mark.parametrize(("resize", "size", "sound"), [(0, 224, True), (224, 224, True), (223, 224, False)])
+def test_the_crop_fits_into_the_resized_image(resize: int, size: int, sound: bool) -> None:
+    problems = all_problems(classifier(INPUT__TEST_RESIZE=resize, INPUT__TEST_SIZE=size))
+    assert [str(problem) for problem in problems] == (
+        []
+        if sound
+        else [
+            "the centre crop is larger than the image: got 223; "
+            "allowed: 0 (no crop), or at least INPUT.TEST_SIZE 224; change INPUT.TEST_RESIZE"
+        ]
+    )
+
+
+def test_no_stock_config_is_complained_about() -> None:
+    paths = sorted(ZOO.rglob("*.yaml"))
+    assert len(paths) == 92
+    for path in paths:
+        assert all_problems(load_config(path)) == [], path
+    assert all_problems(get_cfg()) == [] and all_problems(add_imgcls_config(get_cfg())) == []
+
+
+def test_classification_keys_are_checked_in_classification_only() -> None:
+    detector = add_imgcls_config(get_cfg())
+    detector.SOLVER.LR_SCHEDULER_NAME = "WarmupPolyLR"  # a project's own
+    detector.INPUT.TEST_RESIZE = -1
+    detector.MODEL.BACKBONE.FREEZE_AT = 9
+    assert all_problems(detector) == []
+    detector.MODEL.BACKBONE.NAME = "build_imgcls_fpn_backbone"
+    assert [problem.key for problem in all_problems(detector)] == ["MODEL.BACKBONE.FREEZE_AT"]
+    detector.MODEL.META_ARCHITECTURE = "ClsNet"
+    assert {problem.key for problem in all_problems(detector)} == {
+        "MODEL.BACKBONE.FREEZE_AT",
+        "SOLVER.LR_SCHEDULER_NAME",
+        "INPUT.TEST_RESIZE",
+    }
+
+
+def test_a_detector_is_checked_where_every_run_is() -> None:
+    detector = get_cfg()
+    detector.SOLVER.BASE_LR = NAN
+    assert [problem.key for problem in all_problems(detector)] == ["SOLVER.BASE_LR"]
+
+
+# ---------------------------------------------------------------------------------------------- the collector
+
+
+def test_all_problems_come_in_one_error_one_a_line() -> None:
+    cfg = classifier(SOLVER__MAX_ITER=-5, SOLVER__CHECKPOINT_PERIOD=0, DATALOADER__NUM_WORKERS=-1)
+    with pytest.raises(ValueError, match=r"MAX_ITER\n.*CHECKPOINT_PERIOD\n.*NUM_WORKERS") as caught:
+        require_sound(cfg)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and all("; allowed: " in line and "; change " in line for line in lines)
+    require_sound(classifier())  # the twin
+
+
+def test_a_registered_check_is_asked_once_and_in_order() -> None:
+    asked: list[int] = []
+
+    @register_check
+    def check_of_a_test(cfg: CfgNode) -> list[Problem]:
+        asked.append(cfg.SEED)
+        return [Problem("the seed is dull", cfg.SEED, "42", "SEED")] if cfg.SEED != 42 else []
+
+    assert register_check(check_of_a_test) is check_of_a_test  # as when a module is loaded twice
+    cfg = classifier(SOLVER__MAX_ITER=0)
+    assert [problem.key for problem in all_problems(cfg)] == ["SOLVER.MAX_ITER", "SEED"]
+    assert asked == [-1]
+    with pytest.raises(ValueError, match="seed is dull: got -1; allowed: 42; change SEED"):
+        require_sound(cfg)
+    assert all_problems(classifier(SEED=42)) == []
+
+
+def test_twin_a_check_that_is_not_registered_is_not_asked() -> None:
+    def silent(cfg: CfgNode) -> list[Problem]:
+        raise AssertionError("asked")
+
+    require_sound(classifier())
+    register_check(silent)
+    with pytest.raises(AssertionError, match="asked"):
+        require_sound(classifier())
+
+
+def test_a_missing_key_is_nobodys_problem_but_a_wrong_one_is() -> None:
+    cfg = classifier()
+    del cfg.MODEL["HEAD"]
+    assert all_problems(cfg) == []
