@@ -1,0 +1,166 @@
+"""ClsNet, the meta-architecture: a trunk, a head and a loss behind one ``forward`` for every form of input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from torch import Tensor, nn
+
+from imgcls.modeling.heads import HEAD_REGISTRY
+from imgcls.modeling.losses import LOSS_REGISTRY
+from imgcls.structures import Batch, PreprocessingContract, Problem
+
+# A float batch inside this range was normalised already, or scaled to 0..1: either would train a wrong network.
+SUSPICIOUS_RANGE = 10.0
+
+
+@META_ARCH_REGISTRY.register()
+class ClsNet(nn.Module):
+    """Classifier over a detectron2 backbone. State-dict keys are ``backbone.*`` and ``head.*``.
+
+    Images are RGB with values 0..255 (uint8 or float) and are normalised here, on the device, once.
+    """
+
+    # For type checkers: buffers are known to torch as "Tensor or Module".
+    pixel_mean: Tensor
+    pixel_scale: Tensor
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        head: nn.Module,
+        loss: nn.Module,
+        contract: PreprocessingContract,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if contract.input_format != "RGB":
+            raise Problem("ClsNet takes RGB only", contract.input_format, "RGB", "INPUT.FORMAT").error()
+        self.backbone = backbone
+        self.head = head
+        self.loss = loss
+        self.contract = contract
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.feature = list(backbone.output_shape())[-1]  # type: ignore[operator]
+        self.register_buffer("pixel_mean", _per_channel(contract.pixel_mean), persistent=False)
+        self.register_buffer("pixel_scale", 1.0 / _per_channel(contract.pixel_std), persistent=False)
+        self.to(memory_format=self.memory_format)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        backbone = build_backbone(cfg)
+        node = cfg.MODEL.HEAD
+        if node.NUM_CLASSES < 1:
+            allowed = "a positive number; the training tools count the classes of DATASETS.TRAIN"
+            raise Problem(
+                "the number of classes is not set", node.NUM_CLASSES, allowed, "MODEL.HEAD.NUM_CLASSES"
+            ).error()
+        channels = list(backbone.output_shape().values())[-1].channels
+        return {
+            "backbone": backbone,
+            "head": HEAD_REGISTRY.get(node.NAME)(channels, node.NUM_CLASSES, node.DROPOUT),
+            "loss": LOSS_REGISTRY.get(cfg.MODEL.LOSS.NAME)(cfg.MODEL.LOSS.LABEL_SMOOTHING),
+            "contract": PreprocessingContract.from_cfg(cfg),
+            "channels_last": cfg.MODEL.CHANNELS_LAST,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, inputs: Any, targets: Tensor | None = None, *, normalized: bool = False) -> Any:
+        """Losses in training, predictions in evaluation.
+
+        inputs: a tensor (N, C, H, W), a :class:`Batch`, or detectron2's list of dicts with ``image`` (C, H, W) and,
+            in training, ``label`` (an int, or a float vector over the classes). Images of one list may differ in size.
+        targets: with tensors, (N,) int64 or (N, K) float.
+        normalized: the images went through (x - mean) / std already.
+
+        Returns in training a dict of scalar losses. In evaluation logits (N, K) for tensors and batches; for a list of
+        dicts a list of dicts with ``logits`` (K,), ``scores`` (K,) after softmax, and ``pred_class`` (int).
+        """
+        batch = self.to_batch(inputs, targets)
+        logits = self.logits(batch.images, normalized=normalized)
+        if self.training:
+            if batch.targets is None:
+                raise ValueError("training needs targets: call model(images, targets), or put 'label' into every dict")
+            return self.loss(logits, batch.targets)
+        return _as_dicts(logits) if isinstance(inputs, (list, tuple)) else logits
+
+    def to_batch(self, inputs: Any, targets: Tensor | None = None) -> Batch:
+        """The one place that tells the forms of input apart; the result lies on the model's device."""
+        if isinstance(inputs, Batch):
+            batch = inputs
+        elif isinstance(inputs, Tensor):
+            if inputs.dim() != 4:
+                raise ValueError(f"a batch of images is (N, C, H, W); got a tensor of shape {tuple(inputs.shape)}")
+            batch = Batch(inputs, targets)
+        elif isinstance(inputs, (list, tuple)) and inputs and all(isinstance(item, dict) for item in inputs):
+            batch = _from_dicts(inputs)
+        else:
+            raise ValueError(
+                f"ClsNet takes a tensor (N, C, H, W) or a list of dicts with 'image'; got {type(inputs).__name__}"
+            )
+        return batch.to(self.device)
+
+    def logits(self, images: Tensor | Sequence[Tensor], *, normalized: bool = False) -> Tensor:
+        """(N, K). Each image gets the logits it would get alone: sizes are never padded to one another."""
+        if isinstance(images, Tensor):
+            return self.head(self.backbone(self._prepare(images, normalized))[self.feature])
+        by_size: dict[torch.Size, list[int]] = {}
+        for index, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(index)
+        order = [index for group in by_size.values() for index in group]
+        groups = [
+            self.logits(torch.stack([images[i] for i in group]), normalized=normalized) for group in by_size.values()
+        ]
+        return torch.cat(groups)[torch.tensor(order, device=self.device).argsort()]
+
+    def _prepare(self, images: Tensor, normalized: bool) -> Tensor:
+        if images.shape[1] != len(self.pixel_mean):
+            raise ValueError(
+                f"the network takes {len(self.pixel_mean)} channels; got a batch of shape {tuple(images.shape)}"
+            )
+        if normalized:
+            return images.to(self.pixel_mean.dtype, memory_format=self.memory_format)
+        return self.normalize(images)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(x - mean) / std of images with values 0..255; the argument is left as it is."""
+        if images.is_floating_point():
+            low, high = (value.item() for value in images.aminmax())
+            if low >= -SUSPICIOUS_RANGE and high <= SUSPICIOUS_RANGE:
+                raise ValueError(
+                    f"float images lie in [{low:.3g}, {high:.3g}]; expected RGB values in 0..255. Multiply images of "
+                    "0..1 by 255; for images that are normalised already say model(images, normalized=True)"
+                )
+        # A copy even from float to float: the arithmetic below is in place.
+        values = images.to(self.pixel_mean.dtype, copy=True, memory_format=self.memory_format)
+        return values.sub_(self.pixel_mean).mul_(self.pixel_scale)
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+
+
+def _from_dicts(samples: Sequence[dict[str, Any]]) -> Batch:
+    images = [sample["image"] for sample in samples]
+    same_size = all(image.shape == images[0].shape and image.dtype == images[0].dtype for image in images)
+    labelled = all("label" in sample for sample in samples)
+    targets = torch.stack([torch.as_tensor(sample["label"]) for sample in samples]) if labelled else None
+    return Batch(torch.stack(images) if same_size else images, targets)
+
+
+def _as_dicts(logits: Tensor) -> list[dict[str, Any]]:
+    scores = logits.softmax(dim=1)
+    best = scores.argmax(dim=1).tolist()
+    return [
+        {"logits": row, "scores": score, "pred_class": index}
+        for row, score, index in zip(logits, scores, best, strict=True)
+    ]
