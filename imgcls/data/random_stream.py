@@ -1,0 +1,41 @@
+"""Random draws as a function of what is drawn for, not of what was drawn before.
+
+A number that depends only on (seed, epoch, sample) is the same with any number of workers or ranks and after any
+restart; no generator state has to be saved.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*counters: int) -> int:
+    """A 64-bit seed from integers; every bit of each of them matters (SplitMix64 steps, Steele et al. 2014)."""
+    state = 0
+    for counter in counters:
+        state = (state ^ (counter & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state
+
+
+def seed_cpu(seed: int) -> None:
+    """Set the CPU generators of torch, numpy and random.
+
+    ``torch.manual_seed`` would also queue a seed for every GPU, with a stack trace each time: far too slow per sample.
+    """
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+def permutation(size: int, *counters: int) -> torch.Tensor:
+    """A random order of ``range(size)``, (size,) int64, that depends on ``counters`` only."""
+    generator = torch.Generator().manual_seed(mix(*counters))
+    return torch.randperm(size, generator=generator)
