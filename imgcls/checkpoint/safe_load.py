@@ -1,0 +1,80 @@
+"""The two readers of files from elsewhere: neither runs code, whatever the file or the environment says."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def read_torch(path: Path, *, mmap: bool = False) -> Any:
+    """``torch.load`` on the CPU that never unpickles objects, whatever the environment says."""
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        with _weights_only_for_certain():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a torn or hostile pickle can make the unpickler raise anything
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"cannot read {path}: {first_line}. Either it is torn, or it holds Python objects, which are never "
+            "loaded: save plain tensors ({'model': state_dict}) where it was made"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError("reading it needs the package safetensors (pip install safetensors)") from error
+    return load_file(path)
+
+
+@contextmanager
+def _weights_only_for_certain() -> Iterator[None]:
+    """torch lets this environment variable win over ``weights_only=True`` at the call; here it does not."""
+    override = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        yield
+    finally:
+        if override is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = override
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Knows numpy arrays and ordered dicts; every other global of a pickle is refused by name."""
+
+    ALLOWED = frozenset(
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy.core.multiarray", "scalar"),
+            ("numpy._core.multiarray", "scalar"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("collections", "OrderedDict"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            # numpy.core is the name of before numpy 2; the modern home serves both.
+            return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not an array")
+
+
+def read_arrays_pickle(path: Path) -> Any:
+    """A pickle of arrays in dicts, as the model zoos of detectron2 and Caffe2 ship; anything callable is refused."""
+    try:
+        # Safe: _ArraysOnly admits no callable but numpy's own constructors.
+        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except Exception as error:
+        raise ValueError(f"refusing {path}: {error}. Only arrays are read from a .pkl") from error
+    return content

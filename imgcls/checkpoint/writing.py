@@ -1,0 +1,129 @@
+"""Writing a checkpoint: temporary file, fsync, rename, then the manifest, then the pointer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+from imgcls.checkpoint.manifest import content_digest, floats_in, manifest_path
+
+POINTER = "last_checkpoint"  # detectron2's name for the file that names the newest checkpoint
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any], *, iteration: int = -1, newest: bool = False) -> None:
+    """Write ``content`` to ``path`` and a manifest beside it.
+
+    Whatever happens on the way (a kill, a full disk), ``path`` is what it was before, or the new file whole.
+    newest: also point ``last_checkpoint`` at it.
+    """
+    digest = write_tensors(path, content)
+    manifest = {"sha256": digest, "bytes": path.stat().st_size, "iteration": iteration}
+    with _whole_file(manifest_path(path)) as file:
+        file.write(json.dumps(manifest).encode())
+    if newest:
+        with _whole_file(path.with_name(POINTER)) as file:
+            file.write(path.name.encode())
+
+
+def write_tensors(path: Path, content: Mapping[str, Any]) -> str:
+    """Write one file of tensors whole or not at all, with a digest of the content inside; returns its SHA-256.
+
+    A tensor that is not finite is a ``ValueError``: a file with such a tensor must never be the newest.
+    """
+    _require_finite(path, content)
+    content = {**content, "digest": content_digest(content)}
+    # An old manifest goes before the old file does: a kill between the two must not leave it beside a file that is
+    # not its own. Without a manifest the digest inside decides.
+    with _whole_file(path, goes_first=manifest_path(path)) as file:
+        hashing = _HashingFile(file)
+        try:
+            torch.save(content, cast(IO[bytes], hashing))
+        except RuntimeError as error:
+            # torch's zip writer makes an error of its own of what went wrong with the disk.
+            raise hashing.failure or error from error
+    return hashing.hexdigest()
+
+
+@contextmanager
+def _whole_file(path: Path, *, goes_first: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file that takes the place of ``path`` when all of it lies on the disk, and leaves no trace otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if goes_first is not None:
+            goes_first.unlink(missing_ok=True)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error}); make room or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _HashingFile(io.RawIOBase):
+    """Digests what ``torch.save`` writes; sequential because it offers no seeking."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+        self.failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._digest.update(data)
+        return written
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_finite(path: Path, content: Mapping[str, Any]) -> None:
+    for name, tensor in floats_in(content):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"refusing to write {path}: the tensor {name} is not finite. Lower SOLVER.BASE_LR, lengthen "
+                "SOLVER.WARMUP_EPOCHS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and go on with --resume from the "
+                "last checkpoint"
+            )
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed writer left: temporary files of checkpoints, manifests and the pointer."""
+    for pattern in (".model_*.tmp", f".{POINTER}.*.tmp"):
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest periodic checkpoints (``model_0000499.pth``), with their manifests."""
+    numbers = {path: path.stem.removeprefix("model_") for path in folder.glob("model_*.pth")}
+    periodic = sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda p: int(numbers[p]))
+    for path in periodic[: max(0, len(periodic) - keep)]:
+        manifest_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

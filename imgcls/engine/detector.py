@@ -1,0 +1,54 @@
+"""Training a detector: detectron2's own trainer, started from weights that are known to have arrived."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+
+from imgcls.checkpoint import SafeCheckpointer
+from imgcls.config import register_check
+from imgcls.data.datasets.coco import PREFIX, count_categories, register_coco_names
+from imgcls.modeling import is_classifier
+from imgcls.structures import Problem
+
+
+class DetectorTrainer(DefaultTrainer):
+    """DefaultTrainer with a checkpointer that runs no code from files and writes them whole, and COCO evaluation."""
+
+    def build_hooks(self) -> list[Any]:
+        # Before the hooks take hold of it: DefaultTrainer makes its checkpointer just before it calls this.
+        old: DetectionCheckpointer = self.checkpointer
+        self.checkpointer: DetectionCheckpointer = SafeCheckpointer(old.model, old.save_dir, **old.checkpointables)
+        return super().build_hooks()
+
+    def train(self) -> None:
+        """As detectron2's, but TEST.EXPECTED_RESULTS is judged by the command, which can end with its exit code."""
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def register_detection_sets(cfg: CfgNode) -> None:
+    """Register the ``coco:JSON@IMAGES`` names of DATASETS."""
+    register_coco_names((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+
+
+@register_check
+def check_detector_classes(cfg: CfgNode) -> list[Problem]:
+    """The detector's number of classes against the categories of its annotation files."""
+    if is_classifier(cfg):
+        return []
+    key = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    stated = cfg.MODEL[key].NUM_CLASSES
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name.startswith(PREFIX) and count_categories(name) != stated:
+            allowed = f"{count_categories(name)}, the categories of {name}"
+            return [Problem("the number of classes is not the data's", stated, allowed, f"MODEL.{key}.NUM_CLASSES")]
+    return []

@@ -1,0 +1,224 @@
+"""One training run: everything that the two loops share, so that they cannot drift apart."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from torch import Tensor, nn
+
+import imgcls
+from imgcls.checkpoint import BEST, FINAL, load_weights, newest_whole, prune, read_checkpoint, sweep, write_checkpoint
+from imgcls.data import Loader, build_test_loader, build_train_loader, mix
+from imgcls.engine.distributed import first_rank_does, wrap_for_ranks
+from imgcls.engine.output_dir import mend_metrics
+from imgcls.engine.setup import Data
+from imgcls.engine.step import TrainStep
+from imgcls.engine.writers import Stopwatch, build_writers
+from imgcls.evaluation import ClassificationEvaluator, evaluate
+from imgcls.layers import average_running_statistics
+from imgcls.modeling import Trunk
+from imgcls.solver import build_optimizer, build_schedule
+from imgcls.structures import LoadReport
+
+logger = logging.getLogger(__name__)
+
+METRIC = "top1"
+
+
+class Run:
+    """Network, step, data, checkpoints and results of one training run, from a finalized config.
+
+    A loop takes ``batches()``, calls ``step``, ``record`` and ``finish_iteration`` for each, inside an EventStorage.
+    """
+
+    def __init__(self, cfg: CfgNode, data: Data) -> None:
+        self.cfg, self.data = cfg, data
+        torch.manual_seed(mix(cfg.SEED, -1))
+        self.model = build_model(cfg)
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.best: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+        self._folder = Path(cfg.OUTPUT_DIR)
+        self._test_loader: Loader | None = None
+        self._step: TrainStep | None = None
+
+    # -- where the weights come from ---------------------------------------------------------------------------------
+
+    def start(self, *, resume: bool) -> None:
+        """Go on from the newest whole checkpoint of OUTPUT_DIR, or begin with ``MODEL.WEIGHTS``."""
+        checkpoint = newest_whole(self._folder) if resume else None
+        if checkpoint is not None:
+            self._resume(checkpoint)
+            return
+        if resume:
+            logger.warning("--resume: %s has no checkpoint, starting at iteration 0", self._folder)
+        if self.cfg.MODEL.WEIGHTS:
+            self.load_initial(self.cfg.MODEL.WEIGHTS)
+
+    def load_initial(self, path: str) -> LoadReport:
+        """Weights to begin with (a classifier's checkpoint or a converted backbone); a misfit is a ``ValueError``."""
+        content = read_checkpoint(path)
+        weights = dict(content["model"])
+        if content.get("matching_heuristics"):
+            weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+        reset = self.cfg.MODEL.HEAD.RESET
+        if reset:
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+        else:
+            self._require_same_classes(content, path)
+        report = load_weights(self.model, weights, may_be_new=lambda name: reset and name.startswith("head."))
+        report.require_complete(
+            path,
+            "For another data set set MODEL.HEAD.RESET True (a new head); for another network change "
+            "MODEL.BACKBONE.VARIANT or MODEL.WEIGHTS",
+        )
+        logger.info("%s: %s", path, report.summary())
+        return report
+
+    def _resume(self, path: Path) -> None:
+        content = read_checkpoint(path, check_digest=False)
+        self._require_same_classes(content, str(path))
+        load_weights(self.model, content["model"]).require_complete(
+            str(path), "--resume needs the config that the run began with (config.yaml in its OUTPUT_DIR)"
+        )
+        self.step.load_state_dict(content)
+        self.best = dict(content["best"])
+        self.start_iter = int(content["iteration"]) + 1
+        logger.info("resuming from %s at iteration %d of %d", path, self.start_iter, self.max_iter)
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                "nothing is left to train: %s has done %d iterations, SOLVER.MAX_ITER is %d",
+                path.name,
+                self.start_iter,
+                self.max_iter,
+            )
+
+    def _require_same_classes(self, content: dict[str, Any], path: str) -> None:
+        theirs = content.get("classes")
+        if theirs and tuple(theirs) != self.data.classes:
+            raise ValueError(
+                f"{path} knows {len(theirs)} classes ({', '.join(theirs[:5])}, ...), the data has "
+                f"{len(self.data.classes)} ({', '.join(self.data.classes[:5])}, ...). Change DATASETS.TRAIN, or set "
+                "MODEL.HEAD.RESET True to train a new head"
+            )
+
+    # -- what a loop uses --------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> TrainStep:
+        """The training step; built when first asked for, since evaluation alone needs no optimizer."""
+        if self._step is None:
+            self.model.train()
+            optimizer = build_optimizer(self.cfg, self.model)
+            schedule = build_schedule(self.cfg, optimizer)
+            self._step = TrainStep.from_cfg(self.cfg, wrap_for_ranks(self.model), optimizer, schedule)
+        return self._step
+
+    def batches(self) -> Iterator[Any]:
+        """This rank's batches of iterations ``start_iter`` .. ``max_iter`` - 1; takes the time that waiting costs."""
+        if self.data.train is None:
+            raise ValueError("this run has no training data; it was set up to evaluate only")
+        self._clock, waiting = Stopwatch(), Stopwatch()
+        for batch in build_train_loader(self.cfg, self.data.train, start=self.start_iter):
+            self._data_time = waiting.lap()
+            yield batch
+            waiting.lap()
+
+    def record(self, iteration: int, losses: dict[str, Tensor]) -> None:
+        """Put losses (mean over the ranks), learning rate and times into the event storage. Collective when due."""
+        seconds = self._clock.lap()
+        storage = get_event_storage()
+        storage.put_scalar("time", seconds)
+        storage.put_scalar("data_time", self._data_time)
+        if not self.due(self.cfg.SOLVER.LOG_PERIOD, iteration):
+            return
+        means = {name: float(value) for name, value in comm.reduce_dict(losses).items()}
+        storage.put_scalars(**means, total_loss=sum(means.values()), smoothing_hint=False)
+        storage.put_scalar("lr", self.step.last_lr, smoothing_hint=False)
+        storage.put_scalar("images_per_second", self.cfg.SOLVER.IMS_PER_BATCH / max(seconds, 1e-9))
+
+    def due(self, period: int, iteration: int) -> bool:
+        """Whether something done every ``period`` iterations (0: never) and after the last one is due now."""
+        return iteration + 1 == self.max_iter or (period > 0 and (iteration + 1) % period == 0)
+
+    def finish_iteration(self, iteration: int) -> None:
+        """Evaluate and save if due, in this order: a checkpoint holds the results of its own iteration. Collective."""
+        evaluating = self.data.test is not None and self.due(self.cfg.TEST.EVAL_PERIOD, iteration)
+        saving = self.due(self.cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
+        if not (evaluating or saving):
+            return
+        average_running_statistics(self.model)
+        improved = self._evaluate_at(iteration) if evaluating else False
+        first_rank_does(lambda: self._save_all(iteration, saving, improved))
+        self._clock.lap()
+
+    def writers(self) -> list[EventWriter]:
+        """The writers of rank 0, none elsewhere; continues ``metrics.json`` where the checkpoint left it."""
+        if not comm.is_main_process():
+            return []
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mend_metrics(self._folder, self.start_iter)
+        return build_writers(self.cfg, len(self.data.train))  # type: ignore[arg-type]
+
+    # -- evaluating and saving ---------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, Any]:
+        """Top-1, top-5 and loss on DATASETS.TEST, on every rank. Collective."""
+        if self.data.test is None:
+            return {}
+        if self._test_loader is None:
+            self._test_loader = build_test_loader(self.cfg, self.data.test)
+        evaluator = ClassificationEvaluator(len(self.data.test), len(self.data.classes))
+        self.results = evaluate(self.model, self._test_loader, evaluator)
+        figures = self.results["classification"]
+        logger.info("%s: %s", self.data.test.name, ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        return self.results
+
+    def _evaluate_at(self, iteration: int) -> bool:
+        figures = self.evaluate()["classification"]
+        storage: EventStorage = get_event_storage()
+        storage.put_scalars(**{f"classification/{k}": v for k, v in figures.items()}, smoothing_hint=False)
+        improved = not self.best or figures[METRIC] > self.best["value"]
+        if improved:
+            self.best = {"metric": METRIC, "value": figures[METRIC], "iteration": iteration}
+        return improved
+
+    def _save_all(self, iteration: int, saving: bool, improved: bool) -> None:
+        if not (saving or improved):
+            return
+        content = self.checkpoint(iteration)
+        sweep(self._folder)
+        if saving:
+            name = FINAL if iteration + 1 == self.max_iter else f"model_{iteration:07d}.pth"
+            write_checkpoint(self._folder / name, content, iteration=iteration, newest=True)
+            prune(self._folder, self.cfg.SOLVER.CHECKPOINT_KEEP)
+            logger.info("saved %s", self._folder / name)
+        if improved:
+            write_checkpoint(self._folder / BEST, content, iteration=iteration)
+
+    def checkpoint(self, iteration: int) -> dict[str, Any]:
+        """Everything a later process needs: plain Python values and tensors, loadable with ``weights_only``."""
+        return {
+            "model": self.model.state_dict(),
+            **self.step.state_dict(),
+            "iteration": iteration,
+            "best": self.best,
+            "seed": self.cfg.SEED,
+            "classes": list(self.data.classes),
+            "contract": self.model.contract.to_dict(),
+            "architecture": _architecture(self.model.backbone),
+            "imgcls_version": imgcls.__version__,
+        }
+
+
+def _architecture(backbone: nn.Module) -> dict[str, str]:
+    # A backbone that somebody else registered trains as well as ours; only handing it over needs to know its row.
+    return backbone.architecture.to_dict() if isinstance(backbone, Trunk) else {}

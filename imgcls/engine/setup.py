@@ -1,0 +1,147 @@
+"""Before training: find every mistake that can be found, then fix what the config left open, then claim the output."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+
+from imgcls.checkpoint import read_checkpoint
+from imgcls.config import register_check, require_sound, resolve_durations
+from imgcls.data import Source, open_sources
+from imgcls.engine.distributed import first_rank_does
+from imgcls.engine.output_dir import claim
+from imgcls.modeling import is_classifier
+from imgcls.structures import Problem
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The sources of a run. train is None when only evaluating, test is None when DATASETS.TEST is empty."""
+
+    train: Source | None
+    test: Source | None
+    classes: tuple[str, ...]
+
+
+def finalize(cfg: CfgNode, *, eval_only: bool = False) -> tuple[CfgNode, Data]:
+    """A copy of ``cfg`` in which everything is decided, and the opened data sets.
+
+    Decided are the device, the seed, the number of classes and every length in iterations. Mistakes are one
+    ``ValueError`` that lists them all.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    _decide_device(cfg)
+    if cfg.SEED < 0:
+        cfg.SEED = int(comm.shared_random_seed()) % 2**31
+    require_sound(cfg)
+    data = _open_for_evaluation(cfg) if eval_only else _open_for_training(cfg)
+    _decide_classes(cfg, data)
+    if data.train is not None:
+        resolve_durations(cfg, len(data.train))
+    return cfg, data
+
+
+def setup(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> tuple[CfgNode, Data]:
+    """:func:`finalize`, then claim OUTPUT_DIR, start the log and write config.yaml and environment.txt. Collective."""
+    cfg, data = finalize(cfg, eval_only=eval_only)
+    if eval_only:
+        start_log("")
+    else:
+        first_rank_does(lambda: claim(cfg.OUTPUT_DIR, resume=resume))
+        start_log(cfg.OUTPUT_DIR)
+        first_rank_does(lambda: describe(cfg))
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    logger.info("command: %s", " ".join(sys.argv))
+    logger.info("seed %d, %d ranks on %s", cfg.SEED, comm.get_world_size(), cfg.MODEL.DEVICE)
+    cfg.freeze()
+    return cfg, data
+
+
+def start_log(folder: str) -> None:
+    """Log to the console, and to ``folder/log.txt`` unless ``folder`` is empty, for imgcls, detectron2 and fvcore."""
+    # detectron2 adds handlers for every new folder: the second run of a process would print each line twice.
+    setup_logger.cache_clear()
+    for name in ("fvcore", "detectron2", "imgcls"):
+        for handler in logging.getLogger(name).handlers[:]:
+            logging.getLogger(name).removeHandler(handler)
+            handler.close()
+        setup_logger(folder or None, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_not_a_user_error)
+
+
+def _not_a_user_error(record: logging.LogRecord) -> bool:
+    # detectron2's loop logs a traceback of whatever ends it; the command says a user error in one line itself.
+    return not (record.exc_info and isinstance(record.exc_info[1], (ValueError, OSError)))
+
+
+def _decide_device(cfg: CfgNode) -> None:
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("no GPU here: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _open_for_training(cfg: CfgNode) -> Data:
+    train = open_sources(cfg.DATASETS.TRAIN, root=cfg.DATASETS.ROOT)
+    return Data(train, _open_test(cfg, train.classes), train.classes)
+
+
+def _open_for_evaluation(cfg: CfgNode) -> Data:
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("--eval-only needs the weights to evaluate: add MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
+    # The checkpoint knows its classes: the training set need not be here.
+    classes = read_checkpoint(cfg.MODEL.WEIGHTS, mmap=True, check_digest=False).get("classes")
+    test = _open_test(cfg, tuple(classes) if classes else None)
+    if test is None:
+        raise Problem("there is nothing to evaluate on", (), "a data set", "DATASETS.TEST").error()
+    return Data(None, test, tuple(classes) if classes else test.classes)
+
+
+def _open_test(cfg: CfgNode, classes: tuple[str, ...] | None) -> Source | None:
+    if not cfg.DATASETS.TEST:
+        return None
+    return open_sources(cfg.DATASETS.TEST, root=cfg.DATASETS.ROOT, classes=classes, key="DATASETS.TEST")
+
+
+def _decide_classes(cfg: CfgNode, data: Data) -> None:
+    stated = cfg.MODEL.HEAD.NUM_CLASSES
+    if stated not in (0, len(data.classes)):
+        source = (data.train or data.test).name  # type: ignore[union-attr]
+        allowed = f"0 (count them) or {len(data.classes)}, the classes of {source}"
+        raise Problem("the number of classes is not the data's", stated, allowed, "MODEL.HEAD.NUM_CLASSES").error()
+    cfg.MODEL.HEAD.NUM_CLASSES = len(data.classes)
+
+
+def describe(cfg: CfgNode) -> None:
+    """Write config.yaml and environment.txt into OUTPUT_DIR."""
+    folder = Path(cfg.OUTPUT_DIR)
+    (folder / "config.yaml").write_text(cfg.dump())
+    (folder / "environment.txt").write_text(collect_env_info() + "\n")
+
+
+@register_check
+def check_classifier(cfg: CfgNode) -> list[Problem]:
+    """What training a classifier needs of the config as a whole."""
+    if not is_classifier(cfg):
+        return []
+    problems = []
+    if cfg.INPUT.FORMAT != "RGB":
+        problems.append(Problem("ClsNet takes RGB only", cfg.INPUT.FORMAT, "RGB", "INPUT.FORMAT"))
+    world = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world:
+        allowed = f"a multiple of the number of ranks ({world})"
+        problems.append(
+            Problem("the batch cannot be shared evenly", cfg.SOLVER.IMS_PER_BATCH, allowed, "SOLVER.IMS_PER_BATCH")
+        )
+    return problems

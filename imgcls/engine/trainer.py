@@ -1,0 +1,109 @@
+"""ClsTrainer: detectron2's DefaultTrainer over the same run and the same step as the plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.utils.events import EventWriter
+from torch import nn
+
+from imgcls.checkpoint import SafeCheckpointer
+from imgcls.engine.run import Run
+from imgcls.engine.setup import Data, finalize
+
+
+class ClsTrainer(DefaultTrainer):
+    """Use it as detectron2's: ``trainer = ClsTrainer(cfg); trainer.resume_or_load(); trainer.train()``.
+
+    ``register_hooks`` and overriding ``build_hooks`` or ``build_writers`` work as there. ``__init__`` is our own
+    because detectron2's wraps for DDP in a way that fails on CPUs, and brings a training step of its own.
+    """
+
+    def __init__(self, cfg: CfgNode, data: Data | None = None) -> None:
+        TrainerBase.__init__(self)
+        if data is None:
+            cfg, data = finalize(cfg)
+        self.cfg = cfg
+        self.run = Run(cfg, data)
+        self.start_iter, self.max_iter = 0, self.run.max_iter
+        self._trainer = _Stepper(self.run)
+        self.checkpointer = SafeCheckpointer(self.run.model, cfg.OUTPUT_DIR)
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, inside DDP where there are several ranks."""
+        return self.run.step.model
+
+    @property
+    def scheduler(self) -> Any:
+        return self.run.step.schedule
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As detectron2's; takes the newest whole checkpoint, whatever ``last_checkpoint`` says."""
+        self.run.start(resume=resume)
+        self.start_iter = self.iter = self.run.start_iter
+
+    def build_hooks(self) -> list[HookBase]:
+        period = self.cfg.SOLVER.LOG_PERIOD
+        return [_FinishIteration(), _LateWriter(self.build_writers, period)]
+
+    def build_writers(self) -> list[EventWriter]:
+        return self.run.writers()
+
+    def train(self) -> dict[str, Any]:
+        """Train and return the last results; TEST.EXPECTED_RESULTS is judged by the command that calls this."""
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        self._last_eval_results = self.run.results or self.run.evaluate()
+        return self._last_eval_results
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iter, **self.run.step.state_dict()}
+
+
+class _Stepper:
+    """What DefaultTrainer expects under ``_trainer``: the network, the optimizer, and one step a call."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._batches: Iterator[Any] | None = None
+        self.iter = 0
+
+    @property
+    def model(self) -> nn.Module:
+        return self._run.step.model
+
+    @property
+    def optimizer(self) -> Any:
+        return self._run.step.optimizer
+
+    def run_step(self) -> None:
+        if self._batches is None:
+            self._batches = self._run.batches()
+        losses = self._run.step(next(self._batches), self.iter)
+        self._run.record(self.iter, losses)
+
+
+class _FinishIteration(HookBase):
+    """Evaluation and checkpoints.
+
+    detectron2's EvalHook, PeriodicCheckpointer and BestCheckpointer save before they evaluate, write the final file
+    before the final evaluation, and forget the best value on resume.
+    """
+
+    def after_step(self) -> None:
+        self.trainer.run.finish_iteration(self.trainer.iter)
+
+
+class _LateWriter(hooks.PeriodicWriter):
+    """PeriodicWriter whose writers are made when training starts: only then is it known where metrics.json goes on."""
+
+    def __init__(self, build: Any, period: int) -> None:
+        super().__init__([], period)
+        self._build = build
+
+    def before_train(self) -> None:
+        self._writers = self._build()
