@@ -1,0 +1,40 @@
+"""``python -m imgcls COMMAND ...``: the commands of ``tools/`` without a checkout."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from functools import partial
+
+# name -> (module, keyword arguments of its main, what it does); modules are imported when they are called.
+COMMANDS = {
+    "train": ("imgcls.commands.train", {}, "train or evaluate a classifier, plain loop"),
+    "train-builtin": ("imgcls.commands.train", {"builtin": True}, "the same with detectron2's DefaultTrainer"),
+    "convert": ("imgcls.commands.convert", {}, "write a detector's backbone from a classifier's checkpoint"),
+    "verify": ("imgcls.commands.verify", {}, "prove that a converted backbone arrives in a detector"),
+    "train-detector": ("imgcls.commands.train_detector", {}, "train or evaluate a detectron2 detector"),
+    "prepare-voc": ("imgcls.data.voc", {}, "convert Pascal VOC annotations to COCO"),
+    "prepare-digits": ("imgcls.data.digit_canvases", {}, "compose the embedded digits into a detection set"),
+}
+
+
+def main() -> None:
+    """Run the command named first; without one, list them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help", ""):
+        print("usage: python -m imgcls COMMAND [options]; COMMAND --help tells more")
+        print("\n".join(f"  {command:16}{what}" for command, (_, _, what) in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? All: " if near else "allowed: "
+        print(f"error: there is no command {name!r}; {hint}{', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    module, options, _ = COMMANDS[name]
+    sys.argv = [f"imgcls {name}", *sys.argv[2:]]
+    sys.exit(partial(importlib.import_module(module).main, **options)())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The bodies of the commands in ``tools/`` and of ``python -m imgcls``."""

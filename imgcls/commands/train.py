@@ -1,0 +1,85 @@
+"""Train or evaluate a classifier with the plain loop, or with detectron2's DefaultTrainer (``--builtin``)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from imgcls.checkpoint import newest_whole
+from imgcls.commands.arguments import one_line_errors, parse, training_parser
+from imgcls.commands.recipe import training_config
+from imgcls.engine import ClsTrainer, Run, setup, start_log, train
+from imgcls.engine.distributed import launch
+
+logger = logging.getLogger(__name__)
+
+
+def parser(builtin: bool = False) -> argparse.ArgumentParser:
+    """The options of the two training commands."""
+    how = "detectron2's DefaultTrainer" if builtin else "the plain loop"
+    made = training_parser(f"Train or evaluate a classification network with {how}.")
+    made.add_argument(
+        "--data", default="", metavar="DIR", help="folder of class folders, or the root of the config's data set"
+    )
+    made.add_argument("--variant", default="", metavar="NAME", help="network, e.g. mobilenet_v1_1.0")
+    made.add_argument("--output", default="", metavar="DIR", help="OUTPUT_DIR")
+    made.set_defaults(builtin=builtin)
+    return made
+
+
+@one_line_errors
+def work(args: argparse.Namespace) -> None:
+    """What each process does."""
+    start_log("")
+    cfg = training_config(args)
+    if args.eval_only and args.resume:
+        cfg.MODEL.WEIGHTS = str(newest_whole(Path(cfg.OUTPUT_DIR)) or cfg.MODEL.WEIGHTS)
+    cfg, data = setup(cfg, resume=args.resume, eval_only=args.eval_only)
+    if args.eval_only:
+        _evaluate(Run(cfg, data))
+        return
+    if args.builtin:
+        trainer = ClsTrainer(cfg, data)
+        trainer.resume_or_load(resume=args.resume)
+        results = trainer.train()
+    else:
+        run = Run(cfg, data)
+        run.start(resume=args.resume)
+        results = train(run)
+    _judge(cfg, results)
+
+
+def _evaluate(run: Run) -> None:
+    run.load_initial(run.cfg.MODEL.WEIGHTS)
+    results = run.evaluate()
+    if comm.is_main_process():
+        print_results(results)
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """One line a metric on stdout, for people and for scripts."""
+    for task, figures in results.items():
+        for name, value in figures.items():
+            print(f"{task}/{name} {value:.4f}")
+
+
+def _judge(cfg: Any, results: dict[str, Any]) -> None:
+    """Print the results; exit with 1 when they miss what the config's file expects of its own run."""
+    if not comm.is_main_process():
+        return
+    print_results(results)
+    if cfg.TEST.EXPECTED_RESULTS and not verify_results(cfg, results):
+        sys.exit(1)
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None, *, builtin: bool = False) -> None:
+    """The command: parse, then run :func:`work` in as many processes as were asked for."""
+    launch(work, parse(parser(builtin), argv))
