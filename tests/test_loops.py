@@ -127,6 +127,40 @@ def test_a_finished_run_goes_on_when_the_length_grows(classifier_cfg):
     assert run.start_iter == 6 and "classification" in results
 
 
+def test_a_run_that_chose_its_seed_keeps_it_on_resume(classifier_cfg):
+    import yaml
+
+    cfg = classifier_cfg("mobilenet_v1_0.25", "SEED", -1, "SOLVER.CHECKPOINT_PERIOD", 2)
+    run, _ = run_in_process("plain", cfg)
+    folder = run._folder
+    straight = weights(folder)
+    (folder / "model_final.pth").unlink()
+    seed = yaml.safe_load((folder / "config.yaml").read_text())["SEED"]
+    assert seed >= 0
+    again, _ = run_in_process("builtin", cfg, resume=True)
+    assert again.cfg.SEED == seed and again.start_iter == 2
+    assert same(weights(folder), straight)
+
+
+def test_lists_of_dicts_train_to_the_same_weights_as_tensors(classifier_cfg, tmp_path):
+    states = []
+    for packing in ("tensors", "dicts"):
+        overrides = ("DATALOADER.PACKING", packing, "OUTPUT_DIR", str(tmp_path / packing))
+        run, _ = run_in_process("plain", classifier_cfg("mobilenet_v1_0.25", *overrides))
+        states.append(run.model.state_dict())
+    assert same(*states)
+
+
+def test_a_file_of_weights_alone_cannot_be_resumed(classifier_cfg):
+    from pathlib import Path
+
+    cfg = classifier_cfg()
+    Path(cfg.OUTPUT_DIR).mkdir()
+    torch.save({"model": {}}, Path(cfg.OUTPUT_DIR) / "model_final.pth")
+    with pytest.raises(ValueError, match=r"no state of an imgcls run.*MODEL.WEIGHTS"):
+        run_in_process("plain", cfg, resume=True)
+
+
 def test_learning_rate_zero_moves_no_weight_and_another_does(classifier_cfg):
     cfg = classifier_cfg("mobilenet_v1_0.25", "SOLVER.BASE_LR", 0.0)
     start = {k: v.clone() for k, v in Run(*finalize(cfg)).model.state_dict().items()}

@@ -352,10 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    print(f"{'written to' if written else 'already complete in'} {arguments.output}")
-    print("\n".join(lines))
-    print()
-    print(_format_registration(arguments.output))
+    lines.insert(0, f"{'written to' if written else 'already complete in'} {arguments.output}")
+    print("\n".join([*lines, "", _format_registration(arguments.output)]))
     return 0
 
 

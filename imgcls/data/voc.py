@@ -389,9 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    print(_format_table(summaries))
-    print()
-    print(_format_registration(arguments.root, summaries))
+    print("\n".join([_format_table(summaries), "", _format_registration(arguments.root, summaries)]))
     return 0
 
 

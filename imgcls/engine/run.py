@@ -85,6 +85,11 @@ class Run:
 
     def _resume(self, path: Path) -> None:
         content = read_checkpoint(path, check_digest=False)
+        if "optimizer" not in content or "iteration" not in content:
+            raise ValueError(
+                f"{path} holds weights but no state of an imgcls run; it cannot be resumed. Start another OUTPUT_DIR "
+                f"with MODEL.WEIGHTS {path}"
+            )
         self._require_same_classes(content, str(path))
         load_weights(self.model, content["model"]).require_complete(
             str(path), "--resume needs the config that the run began with (config.yaml in its OUTPUT_DIR)"

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
-from imgcls.checkpoint import read_checkpoint
+from imgcls.checkpoint import newest_whole, read_checkpoint
 from imgcls.config import register_check, require_sound, resolve_durations
 from imgcls.data import Source, open_sources
 from imgcls.engine.distributed import first_rank_does
@@ -54,6 +54,8 @@ def finalize(cfg: CfgNode, *, eval_only: bool = False) -> tuple[CfgNode, Data]:
 
 def setup(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> tuple[CfgNode, Data]:
     """:func:`finalize`, then claim OUTPUT_DIR, start the log and write config.yaml and environment.txt. Collective."""
+    if resume and cfg.SEED < 0:
+        cfg = _with_seed_of_checkpoint(cfg)
     cfg, data = finalize(cfg, eval_only=eval_only)
     if eval_only:
         start_log("")
@@ -67,6 +69,16 @@ def setup(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> tup
     logger.info("seed %d, %d ranks on %s", cfg.SEED, comm.get_world_size(), cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg, data
+
+
+def _with_seed_of_checkpoint(cfg: CfgNode) -> CfgNode:
+    """A run that chose its seed goes on with it, or its samples would come in another order."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    checkpoint = newest_whole(Path(cfg.OUTPUT_DIR))
+    if checkpoint is not None:
+        cfg.SEED = int(read_checkpoint(checkpoint, check_digest=False).get("seed", cfg.SEED))
+    return cfg
 
 
 def start_log(folder: str) -> None:
