@@ -164,23 +164,31 @@ def test_a_stock_config_needs_none_of_our_keys(log: list[str]) -> None:
 @pytest.mark.parametrize(
     ("solver", "message"),
     [
-        (
-            {"MAX_EPOCHS": 5.0, "WARMUP_EPOCHS": 5.0},
-            r"as long as the run: got 50; allowed: fewer iterations than the run's 50; .*WARMUP_EPOCHS",
-        ),
-        ({"MAX_EPOCHS": 5.0, "WARMUP_ITERS": 1000}, r"warm-up .*got 1000; .* change SOLVER\.WARMUP_ITERS"),
-        (
-            {"MAX_EPOCHS": 5.0, "WARMUP_ITERS": 0, "STEPS_EPOCHS": [3, 5.01]},
-            r"step comes after the end of the run: got 51; allowed: at most the run's 50 .*STEPS_EPOCHS",
-        ),
         ({"MAX_EPOCHS": -1.0}, r"got -1\.0; allowed: a finite number >= 0; change SOLVER\.MAX_EPOCHS"),
         ({"EVAL_EPOCHS": math.nan}, r"got nan; .* change TEST\.EVAL_EPOCHS"),
         ({"STEPS_EPOCHS": [1, -2]}, r"got -2; .* change SOLVER\.STEPS_EPOCHS"),
     ],
 )
-def test_a_schedule_that_does_not_fit_is_refused(solver: dict[str, Any], message: str) -> None:
+def test_a_length_that_is_none_is_refused(solver: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_durations(config(**solver), 100)
+
+
+@pytest.mark.parametrize(
+    ("solver", "warmup", "steps", "said"),
+    [
+        ({"WARMUP_EPOCHS": 5.0}, 49, (), "warm-up cut from 50 to 49 iterations: the run has 50"),
+        ({"WARMUP_ITERS": 1000}, 49, (), "warm-up cut from 1000 to 49 iterations: the run has 50"),
+        ({"WARMUP_ITERS": 0, "STEPS_EPOCHS": [3, 5.01]}, 0, (30,), "steps [51] dropped: the run has 50 iterations"),
+    ],
+)
+def test_what_does_not_fit_into_the_run_is_cut_and_said(
+    solver: dict[str, Any], warmup: int, steps: tuple[int, ...], said: str, log: list[str]
+) -> None:
+    cfg = config(MAX_EPOCHS=5.0, **{"STEPS": (), **solver})
+    resolve_durations(cfg, 100)
+    assert (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == (warmup, steps, 50)
+    assert log == [said]
 
 
 def test_the_longest_warmup_and_the_latest_step_that_fit() -> None:

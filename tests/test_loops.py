@@ -138,7 +138,7 @@ def test_a_run_that_chose_its_seed_keeps_it_on_resume(classifier_cfg):
     seed = yaml.safe_load((folder / "config.yaml").read_text())["SEED"]
     assert seed >= 0
     again, _ = run_in_process("builtin", cfg, resume=True)
-    assert again.cfg.SEED == seed and again.start_iter == 2
+    assert seed == again.cfg.SEED and again.start_iter == 2
     assert same(weights(folder), straight)
 
 

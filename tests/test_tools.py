@@ -185,6 +185,7 @@ def test_a_detector_refuses_what_would_start_it_at_random(workshop, tool, tmp_pa
     done = tool(*words, "MODEL.WEIGHTS", tmp_path / "empty.pth", "OUTPUT_DIR", tmp_path / "empty")
     assert "0 of 135 tensors of the backbone" in one_line(done)
     assert "FREEZE_AT" in one_line(tool(*words, "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 2))
+    assert "coco_2017_train" in one_line(tool(*words, "DATASETS.TRAIN", "('coco_2017_trian',)"))
     assert "NUM_CLASSES" in one_line(tool(*words, "MODEL.WEIGHTS", "", "MODEL.RETINANET.NUM_CLASSES", 3))
 
 

@@ -163,6 +163,10 @@ def renamed(content):
     content["model"] = {f"backbone.{k}": v for k, v in content["model"].items()}
 
 
+def deeper(content):
+    content["model"] = {f"backbone.bottom_up.{k}": v for k, v in content["model"].items()}
+
+
 def swapped(content):
     content["model"]["stem.conv1.weight"] = content["model"]["stem.conv1.weight"].flip(1)
 
@@ -192,6 +196,7 @@ def superfluous(content):
     ("change", "reason"),
     [
         (renamed, r"0 of 135 tensors loaded.*keys begin with 'backbone\.'"),
+        (deeper, r"0 of 135 tensors loaded.*keys begin with 'backbone\.bottom_up\.'"),
         (swapped, r"features of .* differ.*channels \(RGB, BGR\) are swapped"),
         (one_missing, r"134 of 135 tensors loaded; 1 missing: res3.block0.depthwise.norm.running_var"),
         (statistics_dropped, r"81 of 135 tensors loaded; 54 missing: stem"),

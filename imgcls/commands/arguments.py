@@ -61,7 +61,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def one_line_errors(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a user error (``ValueError``, ``OSError``) into one line on stderr and exit code 2.
+    """Turn a user error (``ValueError``, ``OSError``, an extra that is absent) into one line on stderr, exit code 2.
 
     IMGCLS_TRACEBACK=1 shows the traceback instead.
     """
@@ -70,7 +70,7 @@ def one_line_errors(work: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return work(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             if os.environ.get("IMGCLS_TRACEBACK"):
                 raise
             rank = f" (rank {comm.get_rank()})" if comm.get_world_size() > 1 else ""

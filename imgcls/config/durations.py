@@ -43,10 +43,8 @@ def iterations_for(epochs: float, num_images: int, batch: int, *, key: str = "th
 def resolve_durations(cfg: CfgNode, num_images: int) -> None:
     """Write every length of the schedule in iterations, in place; a second call changes nothing.
 
-    A key in epochs that is 0 (or empty) leaves its key in iterations alone. Where the run's length is given
-    in epochs, a warm-up that does not fit and a late step given in epochs are errors. Where it is given in
-    iterations (``SOLVER.MAX_ITER 3``, a quick look at a long recipe), both are cut and the log says so. A
-    late step given in iterations is always dropped, as detectron2 does.
+    A key in epochs that is 0 (or empty) leaves its key in iterations alone. A warm-up that does not fit is cut and steps
+    after the end are dropped, and the log says so: ``SOLVER.MAX_EPOCHS 1`` is how people look at a long recipe.
     """
     batch = cfg.SOLVER.IMS_PER_BATCH
     for group, in_iterations, in_epochs in _LENGTHS:
@@ -66,11 +64,8 @@ def _fit_warmup(cfg: CfgNode) -> None:
     warmup, total = cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER
     if warmup < total:
         return
-    key = "SOLVER.WARMUP_EPOCHS" if cfg.SOLVER.get("WARMUP_EPOCHS", 0) else "SOLVER.WARMUP_ITERS"
-    allowed = f"fewer iterations than the run's {total}"
-    _require(not _length_in_epochs(cfg), "the warm-up is as long as the run", warmup, allowed, key)
     cfg.SOLVER.WARMUP_ITERS = max(total - 1, 0)
-    logger.info("warm-up cut from %d to %d iterations: the run has %d", warmup, cfg.SOLVER.WARMUP_ITERS, total)
+    logger.warning("warm-up cut from %d to %d iterations: the run has %d", warmup, cfg.SOLVER.WARMUP_ITERS, total)
 
 
 def _fit_steps(cfg: CfgNode) -> None:
@@ -78,15 +73,8 @@ def _fit_steps(cfg: CfgNode) -> None:
     late = [step for step in cfg.SOLVER.STEPS if step > total]
     if not late:
         return
-    may_drop = not (_length_in_epochs(cfg) and cfg.SOLVER.get("STEPS_EPOCHS", ()))
-    allowed = f"at most the run's {total} iterations"
-    _require(may_drop, "a step comes after the end of the run", late[0], allowed, "SOLVER.STEPS_EPOCHS")
     cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step <= total)
-    logger.info("steps %s dropped: the run has %d iterations", late, total)
-
-
-def _length_in_epochs(cfg: CfgNode) -> bool:
-    return bool(cfg.SOLVER.get("MAX_EPOCHS", 0))
+    logger.warning("steps %s dropped: the run has %d iterations", late, total)
 
 
 def _require(holds: bool, what: str, value: object, allowed: str, key: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 
@@ -36,8 +38,15 @@ class DetectorTrainer(DefaultTrainer):
 
 
 def register_detection_sets(cfg: CfgNode) -> None:
-    """Register the ``coco:JSON@IMAGES`` names of DATASETS."""
-    register_coco_names((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    """Register the ``coco:JSON@IMAGES`` names of DATASETS; a name that nobody registered is a ``ValueError``."""
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    register_coco_names(names)
+    known = DatasetCatalog.list()
+    for name in names:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "a name that a script registered"
+            allowed = f"{PREFIX}ANNOTATIONS.json@IMAGES_DIR, or {near}"
+            raise Problem("there is no such data set", name, allowed, "DATASETS.TRAIN or DATASETS.TEST").error()
 
 
 @register_check

@@ -153,11 +153,11 @@ def _by_module(report: LoadReport) -> list[tuple[str, int, int, int, int, int]]:
 
 
 def _why(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """A guess at the reason, from what is seen most."""
-    names = list(given)
-    for prefix in {name.split(".")[0] + "." for name in names}:
-        stripped = {name.removeprefix(prefix) for name in names}
-        if len(stripped & set(own)) > len(own) // 2 and len(set(names) & set(own)) < len(own) // 2:
+    """Whether the file's keys are the body's behind a prefix: the commonest reason that nothing is found."""
+    first = next(iter(own))
+    for name in given:
+        prefix = name.removesuffix(first)
+        if prefix != name and prefix and all(prefix + key in given for key in own):
             return f". The file's keys begin with {prefix!r}; a hand-over has none: write it with convert_to_detection"
     return ""
 

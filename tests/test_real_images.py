@@ -1,0 +1,58 @@
+"""Real photographs, where IMGCLS_TEST_DATA names a folder that has them; everything else passes without."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from imgcls.data import open_source
+from imgcls.data.reading import read_image
+
+DATA = Path(os.environ.get("IMGCLS_TEST_DATA", ""))
+
+
+def extract(archive: str, target: Path, wanted=lambda name: True, limit: int = 10**6) -> Path:
+    if not os.environ.get("IMGCLS_TEST_DATA") or not (DATA / archive).is_file():
+        pytest.skip(f"IMGCLS_TEST_DATA has no {archive}")
+    with tarfile.open(DATA / archive) as tar:
+        members = islice((m for m in tar if m.isfile() and wanted(m.name)), limit)
+        for member in members:
+            tar.extract(member, target, filter="data")
+    return target
+
+
+def test_cifar_as_jpeg_files_trains_from_the_command_line(tool, tmp_path):
+    """Two hundred images of each split."""
+    kept: Counter = Counter()
+
+    def few(name):
+        folder = os.path.dirname(name)
+        kept[folder] += 1
+        return kept[folder] <= 20
+
+    root = extract("cifar10-jpg.tar", tmp_path / "cifar", few)
+    words = ("--data", root, "--variant", "mobilenet_v1_0.25", "--output", tmp_path / "out", "SOLVER.MAX_EPOCHS", 1)
+    done = tool("tools/train_net.py", *words, "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu")
+    assert done.returncode == 0, done.stderr
+    classes = torch.load(tmp_path / "out/model_final.pth", weights_only=True)["classes"]
+    assert classes == ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert "input 32, small stem" in done.stdout
+
+
+def test_every_imagenet_photograph_is_read_as_pillow_reads_it(tmp_path):
+    from PIL import Image, ImageOps
+
+    root = extract("imagenet-200.tar", tmp_path) / "imagenet-200"
+    source = open_source(f"folder:{root}")
+    assert len(source) == len(source.classes) == 200
+    for index in range(0, 200, 10):
+        path = source[index]["file_name"]
+        with Image.open(path) as image:
+            expected = ImageOps.exif_transpose(image).convert("RGB")
+        assert read_image(path).tobytes() == expected.tobytes()
