@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from imgcls.commands.arguments import one_line_errors
 
 CLASSIFIER = "configs/quick/digits_mobilenet_v1.yaml"
 DETECTOR = "configs/quick/digits_retinanet_fpn.yaml"
-PLAIN_EPOCHS, ALL_EPOCHS = 15, 16  # the builtin trainer takes over for the last one
+PLAIN_EPOCHS, ALL_EPOCHS = 19, 20  # the builtin trainer takes over for the last one
 
 
 class Demo:
@@ -103,8 +104,7 @@ def say(text: str) -> None:
 
 def command(script: str, *words: object) -> str:
     """Run a script of the checkout, showing the command and its last lines; returns its output."""
-    shown = " ".join(repr(str(word)) if " " in str(word) or not str(word) else str(word) for word in words)
-    print(f"$ python {script} {shown}", flush=True)
+    print(f"$ python {script} {shlex.join(map(str, words))}", flush=True)
     started = time.monotonic()
     done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
     if done.returncode != 0:

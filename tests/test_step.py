@@ -110,7 +110,7 @@ def test_nothing_changes_when_the_loss_is_not_finite(make_step):
     with torch.no_grad():
         step.model.head.fc.bias[0] = float("nan")
     before = {k: v.clone() for k, v in step.model.named_parameters()}
-    with pytest.raises(ValueError, match=r"not finite at iteration 7.*loss_cls nan.*samples \[0, 1, 2"):
+    with pytest.raises(ValueError, match=r"not finite at iteration 7.*loss_cls nan.*samples 0, 1, 2"):
         step(batch(), 7)
     for name, parameter in step.model.named_parameters():
         assert torch.equal(torch.nan_to_num(parameter), torch.nan_to_num(before[name]))

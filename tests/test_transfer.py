@@ -232,9 +232,9 @@ def test_frozen_layers_that_were_not_loaded_are_an_error(exported, detector_cfg,
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("INPUT.FORMAT", "BGR", r"INPUT.FORMAT is 'BGR' in the config, the weights were trained with 'RGB'"),
-        ("MODEL.PIXEL_MEAN", MEAN[::-1], r"PIXEL_MEAN is \[103.53, 116.28, 123.675\].*trained with \[123.675"),
-        ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0], r"PIXEL_STD is \[1.0, 1.0, 1.0\].*trained with \[58.395"),
+        ("INPUT.FORMAT", "BGR", r"INPUT.FORMAT is 'BGR' in the config, the weights need 'RGB'"),
+        ("MODEL.PIXEL_MEAN", MEAN[::-1], r"PIXEL_MEAN is \[103.53, 116.28, 123.675\].*need \[123.675"),
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0], r"PIXEL_STD is \[1.0, 1.0, 1.0\].*need \[58.395"),
         ("MODEL.BACKBONE.STEM", "small", r"BACKBONE.STEM is 'small' in the config, the weights are of 'standard'"),
         ("MODEL.BACKBONE.VARIANT", "mobilenet_v1_0.5", r"VARIANT is 'mobilenet_v1_0.5'.*are of 'mobilenet_v1_0.25'"),
         ("MODEL.BACKBONE.NORM", "GN", r"NORM is 'GN' in the config, the weights were trained with 'BN'"),

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ def read_torch(path: Path, *, mmap: bool = False) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        with _weights_only_for_certain():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        # Said at the call it wins over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD; torch's default would not.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a torn or hostile pickle can make the unpickler raise anything
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
@@ -34,17 +31,6 @@ def _read_safetensors(path: Path) -> Any:
     except ImportError as error:
         raise ImportError("reading it needs the package safetensors (pip install safetensors)") from error
     return load_file(path)
-
-
-@contextmanager
-def _weights_only_for_certain() -> Iterator[None]:
-    """torch lets this environment variable win over ``weights_only=True`` at the call; here it does not."""
-    override = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    try:
-        yield
-    finally:
-        if override is not None:
-            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = override
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -36,7 +36,7 @@ def _add_backbone(cfg: CfgNode) -> None:
     _set_new(node, "STEM", "standard")
     # Feature maps to return; empty: FPN.IN_FEATURES under an FPN, the last stage under ClsNet, all stages otherwise.
     _set_new(node, "OUT_FEATURES", [])
-    # Keep maps in channels-last order: about twice as fast for depthwise networks on CPUs, and for AMP on GPUs.
+    # Keep maps in channels-last order in memory: faster for depthwise networks on CPUs and with AMP on GPUs.
     _set_new(cfg.MODEL, "CHANNELS_LAST", False)
 
 
@@ -64,7 +64,7 @@ def _add_input(cfg: CfgNode) -> None:
 
 
 def _add_data(cfg: CfgNode) -> None:
-    # Root of the data set named in DATASETS.TRAIN/TEST; empty: $DETECTRON2_DATASETS/<name of the set>.
+    # Root of the data sets in DATASETS.TRAIN/TEST (--data); empty: a folder of $DETECTRON2_DATASETS, e.g. imagenet.
     _set_new(cfg.DATASETS, "ROOT", "")
     # tensors: collated in the worker (fast). dicts: detectron2's list[dict], for code that wants it.
     _set_new(cfg.DATALOADER, "PACKING", "tensors")

@@ -43,8 +43,8 @@ def iterations_for(epochs: float, num_images: int, batch: int, *, key: str = "th
 def resolve_durations(cfg: CfgNode, num_images: int) -> None:
     """Write every length of the schedule in iterations, in place; a second call changes nothing.
 
-    A key in epochs that is 0 (or empty) leaves its key in iterations alone. A warm-up that does not fit is cut and steps
-    after the end are dropped, and the log says so: ``SOLVER.MAX_EPOCHS 1`` is how people look at a long recipe.
+    A key in epochs that is 0 (or empty) leaves its key in iterations alone. A warm-up that does not fit is cut and
+    steps after the end are dropped, and the log says so: ``SOLVER.MAX_EPOCHS 1`` is how people look at a long recipe.
     """
     batch = cfg.SOLVER.IMS_PER_BATCH
     for group, in_iterations, in_epochs in _LENGTHS:

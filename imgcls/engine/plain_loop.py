@@ -18,7 +18,7 @@ def train(run: Run) -> dict[str, Any]:
                 losses = run.step(batch, iteration)
                 run.record(iteration, losses)
                 run.finish_iteration(iteration)
-                if run.due(run.cfg.SOLVER.LOG_PERIOD, iteration):
+                if run.write_due(iteration):
                     for writer in writers:
                         writer.write()
                 storage.step()

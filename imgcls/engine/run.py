@@ -26,7 +26,7 @@ from imgcls.evaluation import ClassificationEvaluator, evaluate
 from imgcls.layers import average_running_statistics
 from imgcls.modeling import Trunk
 from imgcls.solver import build_optimizer, build_schedule
-from imgcls.structures import LoadReport
+from imgcls.structures import LoadReport, PreprocessingContract
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Run:
         weights = dict(content["model"])
         if content.get("matching_heuristics"):
             weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+        self._require_same_contract(content, path)
         reset = self.cfg.MODEL.HEAD.RESET
         if reset:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
@@ -91,6 +92,7 @@ class Run:
                 f"with MODEL.WEIGHTS {path}"
             )
         self._require_same_classes(content, str(path))
+        self._require_same_contract(content, str(path))
         load_weights(self.model, content["model"]).require_complete(
             str(path), "--resume needs the config that the run began with (config.yaml in its OUTPUT_DIR)"
         )
@@ -114,6 +116,12 @@ class Run:
                 f"{len(self.data.classes)} ({', '.join(self.data.classes[:5])}, ...). Change DATASETS.TRAIN, or set "
                 "MODEL.HEAD.RESET True to train a new head"
             )
+
+    def _require_same_contract(self, content: dict[str, Any], path: str) -> None:
+        contract = content.get("contract") or content.get("imgcls", {}).get("contract")
+        differences = PreprocessingContract.from_dict(contract).differences(self.cfg) if contract else []
+        if differences:
+            raise ValueError(f"{path} does not fit the config: {'; '.join(differences)}. Change these keys")
 
     # -- what a loop uses --------------------------------------------------------------------------------------------
 
@@ -143,7 +151,7 @@ class Run:
         storage = get_event_storage()
         storage.put_scalar("time", seconds)
         storage.put_scalar("data_time", self._data_time)
-        if not self.due(self.cfg.SOLVER.LOG_PERIOD, iteration):
+        if not self.write_due(iteration):
             return
         means = {name: float(value) for name, value in comm.reduce_dict(losses).items()}
         storage.put_scalars(**means, total_loss=sum(means.values()), smoothing_hint=False)
@@ -154,9 +162,16 @@ class Run:
         """Whether something done every ``period`` iterations (0: never) and after the last one is due now."""
         return iteration + 1 == self.max_iter or (period > 0 and (iteration + 1) % period == 0)
 
+    def evaluation_due(self, iteration: int) -> bool:
+        return self.data.test is not None and self.due(self.cfg.TEST.EVAL_PERIOD, iteration)
+
+    def write_due(self, iteration: int) -> bool:
+        """Whether a line is written; at each evaluation too, for detectron2's writers keep the latest values only."""
+        return self.due(self.cfg.SOLVER.LOG_PERIOD, iteration) or self.evaluation_due(iteration)
+
     def finish_iteration(self, iteration: int) -> None:
         """Evaluate and save if due, in this order: a checkpoint holds the results of its own iteration. Collective."""
-        evaluating = self.data.test is not None and self.due(self.cfg.TEST.EVAL_PERIOD, iteration)
+        evaluating = self.evaluation_due(iteration)
         saving = self.due(self.cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
         if not (evaluating or saving):
             return
@@ -209,6 +224,10 @@ class Run:
         if improved:
             write_checkpoint(self._folder / BEST, content, iteration=iteration)
 
+    def _metrics_at(self, iteration: int) -> dict[str, float]:
+        """The figures of exactly these weights; nothing when they were not evaluated."""
+        return dict(self.results["classification"]) if self.results and self.evaluation_due(iteration) else {}
+
     def checkpoint(self, iteration: int) -> dict[str, Any]:
         """Everything a later process needs: plain Python values and tensors, loadable with ``weights_only``."""
         return {
@@ -216,6 +235,7 @@ class Run:
             **self.step.state_dict(),
             "iteration": iteration,
             "best": self.best,
+            "metrics": self._metrics_at(iteration),
             "seed": self.cfg.SEED,
             "classes": list(self.data.classes),
             "contract": self.model.contract.to_dict(),

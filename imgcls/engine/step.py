@@ -99,8 +99,8 @@ class TrainStep:
         raise ValueError(
             f"the loss is not finite at iteration {iteration} on rank {comm.get_rank()} ({values}; learning rate "
             f"{self.optimizer.param_groups[0]['lr']:g}; samples {_sample_ids(batch)}). No weight was changed by it. "
-            "Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_EPOCHS or set SOLVER.CLIP_GRADIENTS.ENABLED True; go on from "
-            "the last checkpoint with --resume"
+            "Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_EPOCHS or set SOLVER.CLIP_GRADIENTS.ENABLED True; --resume "
+            "goes on from the last checkpoint"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +119,9 @@ class TrainStep:
         apply_current(self.schedule)
 
 
-def _sample_ids(batch: Batch | list[dict[str, Any]]) -> list[int]:
+def _sample_ids(batch: Batch | list[dict[str, Any]], shown: int = 8) -> str:
     if isinstance(batch, Batch):
-        return [] if batch.ids is None else batch.ids.tolist()
-    return [sample.get("image_id", -1) for sample in batch]
+        ids = [] if batch.ids is None else batch.ids.tolist()
+    else:
+        ids = [sample.get("image_id", -1) for sample in batch]
+    return f"{', '.join(map(str, ids[:shown]))}{f' and {len(ids) - shown} more' if len(ids) > shown else ''}"

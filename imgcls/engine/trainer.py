@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -48,8 +48,7 @@ class ClsTrainer(DefaultTrainer):
         self.start_iter = self.iter = self.run.start_iter
 
     def build_hooks(self) -> list[HookBase]:
-        period = self.cfg.SOLVER.LOG_PERIOD
-        return [_FinishIteration(), _LateWriter(self.build_writers, period)]
+        return [_FinishIteration(), _LateWriter(self.build_writers)]
 
     def build_writers(self) -> list[EventWriter]:
         return self.run.writers()
@@ -101,9 +100,19 @@ class _FinishIteration(HookBase):
 class _LateWriter(hooks.PeriodicWriter):
     """PeriodicWriter whose writers are made when training starts: only then is it known where metrics.json goes on."""
 
-    def __init__(self, build: Any, period: int) -> None:
-        super().__init__([], period)
+    def __init__(self, build: Callable[[], list[EventWriter]]) -> None:
+        super().__init__([])
         self._build = build
 
     def before_train(self) -> None:
         self._writers = self._build()
+
+    def after_step(self) -> None:
+        if self.trainer.run.write_due(self.trainer.iter):
+            for writer in self._writers:
+                writer.write()
+
+    def after_train(self) -> None:
+        # detectron2 writes once more here, for an iteration that was never made.
+        for writer in self._writers:
+            writer.close()

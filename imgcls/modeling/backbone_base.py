@@ -140,7 +140,7 @@ class StagedTrunk(Trunk):
         unknown = [name for name in wanted if name not in self._stage_names]
         if unknown:
             raise ValueError(
-                f"{self.architecture.variant or type(self).__name__} has no feature map "
+                f"{type(self).__name__} has no feature map "
                 f"{', '.join(map(repr, unknown))}; allowed: {', '.join(self._stage_names)}; "
                 "change MODEL.BACKBONE.OUT_FEATURES or the IN_FEATURES that ask for it"
             )

@@ -61,7 +61,7 @@ class PreprocessingContract:
             "MODEL.PIXEL_STD": (list(cfg.MODEL.PIXEL_STD), list(self.pixel_std)),
         }
         return [
-            f"{key} is {ours!r} in the config, the weights were trained with {theirs!r}"
+            f"{key} is {ours!r} in the config, the weights need {theirs!r}"
             for key, (ours, theirs) in stated.items()
             if not _same(ours, theirs)
         ]

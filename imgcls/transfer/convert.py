@@ -57,7 +57,7 @@ def make_handover(weights: str | Path, *, fold: bool = False) -> Handover:
         contract=contract,
         folded=fold,
         probe=measure(trunk, contract),
-        metrics=content.get("best", {}),
+        metrics=content.get("metrics", {}),
         classes=tuple(content.get("classes", ())),
     )
 

@@ -9,6 +9,7 @@ from imgcls.transfer.handover import Handover
 _TEMPLATE = """\
 # The keys that a detectron2 detector needs for {weights}; put them over any of detectron2's FPN configs.
 # NAME: build_imgcls_retinanet_fpn_backbone for RetinaNet, build_imgcls_fpn_backbone for Faster and Mask R-CNN.
+VERSION: 2
 MODEL:
   WEIGHTS: "{weights}"
   BACKBONE:

