@@ -49,6 +49,7 @@ EXTRAS = {
         "ruff~=0.17.6",
         "mypy~=2.4.1",
         "pytest>=9.1,<10",  # 9.1.1, 9.2.0
+        "safetensors>=0.5",  # 0.8.0; read in the tests
         "types-PyYAML>=6.0.12",
         "types-tabulate>=0.9",
         "wheel>=0.42",  # setuptools before 70.1 builds no wheel without it

@@ -187,7 +187,7 @@ def test_what_does_not_fit_into_the_run_is_cut_and_said(
 ) -> None:
     cfg = config(MAX_EPOCHS=5.0, **{"STEPS": (), **solver})
     resolve_durations(cfg, 100)
-    assert (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == (warmup, steps, 50)
+    assert (warmup, steps, 50) == (cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER)
     assert log == [said]
 
 

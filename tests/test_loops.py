@@ -151,6 +151,23 @@ def test_lists_of_dicts_train_to_the_same_weights_as_tensors(classifier_cfg, tmp
     assert same(*states)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.PIXEL_MEAN", [0.0, 0.0, 0.0], r"PIXEL_MEAN is \[0.0, 0.0, 0.0\] in the config, the weights need \[123"),
+        ("MODEL.BACKBONE.STEM", "small", r"STEM is 'small' in the config, the weights need 'standard'"),
+    ],
+)
+def test_weights_are_not_used_with_another_input_or_stem(classifier_cfg, key, value, message):
+    cfg = classifier_cfg()
+    run, _ = run_in_process("plain", cfg)
+    other = classifier_cfg("mobilenet_v1_0.25", key, value)
+    with pytest.raises(ValueError, match=message):
+        run_in_process("plain", other, resume=True)
+    with pytest.raises(ValueError, match=message):
+        Run(*finalize(other)).load_initial(str(run._folder / "model_final.pth"))
+
+
 def test_a_file_of_weights_alone_cannot_be_resumed(classifier_cfg):
     from pathlib import Path
 

@@ -237,7 +237,7 @@ def test_frozen_layers_that_were_not_loaded_are_an_error(exported, detector_cfg,
         ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0], r"PIXEL_STD is \[1.0, 1.0, 1.0\].*need \[58.395"),
         ("MODEL.BACKBONE.STEM", "small", r"BACKBONE.STEM is 'small' in the config, the weights are of 'standard'"),
         ("MODEL.BACKBONE.VARIANT", "mobilenet_v1_0.5", r"VARIANT is 'mobilenet_v1_0.5'.*are of 'mobilenet_v1_0.25'"),
-        ("MODEL.BACKBONE.NORM", "GN", r"NORM is 'GN' in the config, the weights were trained with 'BN'"),
+        ("MODEL.BACKBONE.NORM", "GN", r"NORM is 'GN' in the config, the weights need 'BN'"),
     ],
 )
 def test_a_config_that_contradicts_the_contract_is_refused_everywhere(exported, detector_cfg, key, value, message):

@@ -118,8 +118,15 @@ class Run:
             )
 
     def _require_same_contract(self, content: dict[str, Any], path: str) -> None:
-        contract = content.get("contract") or content.get("imgcls", {}).get("contract")
+        notes = {**content, **content.get("imgcls", {})}
+        contract, theirs = notes.get("contract"), notes.get("architecture")
         differences = PreprocessingContract.from_dict(contract).differences(self.cfg) if contract else []
+        ours = _architecture(self.model.backbone)
+        # Of a network whose stems differ in stride alone the tensors would fit, and mean something else.
+        if theirs and ours and theirs["stem"] != ours["stem"]:
+            differences.append(
+                f"MODEL.BACKBONE.STEM is {ours['stem']!r} in the config, the weights need {theirs['stem']!r}"
+            )
         if differences:
             raise ValueError(f"{path} does not fit the config: {'; '.join(differences)}. Change these keys")
 

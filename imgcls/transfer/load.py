@@ -57,9 +57,7 @@ def contradictions(handover: Handover, cfg: CfgNode, body: nn.Module) -> list[st
                 f"(set MODEL.BACKBONE.{key} to the latter)"
             )
     if (ours.norm == "GN") != (theirs.norm == "GN"):
-        problems.append(
-            f"MODEL.BACKBONE.NORM is {ours.norm!r} in the config, the weights were trained with {theirs.norm!r}"
-        )
+        problems.append(f"MODEL.BACKBONE.NORM is {ours.norm!r} in the config, the weights need {theirs.norm!r}")
     return problems
 
 
