@@ -10,7 +10,8 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from imgcls.config.checks import check_keys
-from imgcls.config.loading import config_root, get_config, list_configs, load_config, read_yaml
+from imgcls.config.loading import config_root, get_config, list_configs, load_config
+from imgcls.config.yaml_reading import read_yaml
 
 ZOO = Path(str(files("detectron2") / "model_zoo" / "configs"))
 

@@ -88,6 +88,12 @@ def test_it_can_be_read_twice() -> None:
     assert list(sampler) == list(sampler)
 
 
+def test_the_orders_of_old_epochs_are_forgotten() -> None:
+    """ImageNet's takes 10 MB, and a run has hundreds of epochs."""
+    sampler = CounterBatchSampler(10, global_batch=4, seed=0, start=0, stop=500)
+    assert max(len(sampler._orders) for _ in sampler) <= 2
+
+
 def test_a_batch_that_cannot_be_shared_names_the_legal_sizes() -> None:
     with pytest.raises(ValueError, match=r"batch of 12 images cannot be shared by 5 ranks") as told:
         batches(10, 12, world=5)
