@@ -14,8 +14,8 @@ COMMANDS = {
     "convert": ("imgcls.commands.convert", {}, "write a detector's backbone from a classifier's checkpoint"),
     "verify": ("imgcls.commands.verify", {}, "prove that a converted backbone arrives in a detector"),
     "train-detector": ("imgcls.commands.train_detector", {}, "train or evaluate a detectron2 detector"),
-    "prepare-voc": ("imgcls.data.voc", {}, "convert Pascal VOC annotations to COCO"),
-    "prepare-digits": ("imgcls.data.digit_canvases", {}, "compose the embedded digits into a detection set"),
+    "prepare-voc": ("imgcls.commands.prepare_voc", {}, "convert Pascal VOC annotations to COCO"),
+    "prepare-digits": ("imgcls.commands.prepare_digits", {}, "compose the embedded digits into a detection set"),
 }
 
 

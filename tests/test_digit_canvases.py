@@ -20,8 +20,9 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from pycocotools.coco import COCO
 
+from imgcls.commands.prepare_digits import main
 from imgcls.data import digit_canvases
-from imgcls.data.digit_canvases import Canvas, CanvasOptions, PlacedDigit, compose, main, prepare
+from imgcls.data.digit_canvases import Canvas, CanvasOptions, PlacedDigit, compose, prepare
 from imgcls.data.digits import load_digits
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_digit_detection.py"

@@ -32,11 +32,11 @@ import imgcls
 from imgcls.__main__ import COMMANDS
 from imgcls.checkpoint import write_checkpoint
 from imgcls.commands import convert as convert_command
+from imgcls.commands import prepare_digits, prepare_voc, train_detector, verify
 from imgcls.commands import train as train_command
-from imgcls.commands import train_detector, verify
 from imgcls.commands.arguments import parse
 from imgcls.config import find_config, load_config
-from imgcls.data import digit_canvases, voc
+from imgcls.data import digit_canvases
 from imgcls.engine import Run, finalize
 from imgcls.modeling import family_of
 from imgcls.transfer import convert, detector_fragment, read_handover
@@ -138,8 +138,8 @@ PARSE: dict[str, Callable[[], Parse]] = {
     "tools/convert_to_detection.py": lambda: convert_command.parser().parse_args,
     "tools/verify_transfer.py": lambda: overriding(verify.parser()),
     "tools/train_detector.py": lambda: overriding(train_detector.parser()),
-    "scripts/prepare_voc.py": lambda: only_parsing(voc.main),
-    "scripts/prepare_digit_detection.py": lambda: only_parsing(digit_canvases.main),
+    "scripts/prepare_voc.py": lambda: only_parsing(prepare_voc.main),
+    "scripts/prepare_digit_detection.py": lambda: only_parsing(prepare_digits.main),
     "scripts/demo.py": lambda: only_parsing(load_script("scripts/demo.py").main),
     "docs/render_tables.py": lambda: only_parsing(load_script("docs/render_tables.py").main),
 }

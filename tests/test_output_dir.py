@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from imgcls.engine.output_dir import claim, mend_metrics, release
+from imgcls.engine.output_dir import LOCK, claim, mend_metrics, release
 
 FORK = multiprocessing.get_context("fork")
 
@@ -69,6 +69,7 @@ def test_other_files_do_not_matter(folder: Path) -> None:
     for name in ("notes.txt", "config.yaml", "model.txt"):
         (folder / name).write_text("mine")
     claim(folder, resume=False)
+    assert (folder / LOCK).exists() and (folder / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_in_its_place(folder: Path) -> None:

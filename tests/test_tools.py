@@ -11,7 +11,7 @@ import torch
 from conftest import run_tool, write_image_folder
 
 from imgcls.checkpoint import content_digest
-from imgcls.data.digit_canvases import main as prepare_digits
+from imgcls.commands.prepare_digits import main as prepare_digits
 
 TINY = ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 3, "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0)
 DIGITS = ("--config-file", "configs/quick/digits_mobilenet_v1.yaml", "INPUT.TRAIN_SIZE", 32)

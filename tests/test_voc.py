@@ -21,7 +21,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from imgcls.data.voc import build_coco, convert_voc, find_classes, main
+from imgcls.commands.prepare_voc import main
+from imgcls.data.voc import build_coco, convert_voc, find_classes
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "prepare_voc.py"
 BCCD = Path(os.environ.get("IMGCLS_TEST_DATA", "no folder named")) / "bccd-voc.tar"
