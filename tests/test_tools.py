@@ -114,7 +114,7 @@ def test_weights_of_other_classes_need_a_new_head(workshop, tool, tmp_path):
 
 def test_another_network_or_a_wrong_prefix_says_how_many_tensors(workshop, tool, tmp_path):
     words = ("tools/train_net.py", *DIGITS, *TINY, "OUTPUT_DIR", tmp_path / "out", "MODEL.HEAD.RESET", True)
-    weights = ("MODEL.WEIGHTS", workshop / "run/model_final.pth")
+    weights = ("MODEL.WEIGHTS", workshop / "run/model_final.pth", "MODEL.BACKBONE.STEM", "small")
     other = tool(*words, *weights, "MODEL.BACKBONE.VARIANT", "mobilenet_v1_0.5")
     assert "of 135 tensors loaded" in one_line(other) and "MODEL.BACKBONE.VARIANT" in one_line(other)
     torch.save({"model": {"net.weight": torch.zeros(1)}}, tmp_path / "prefix.pth")
