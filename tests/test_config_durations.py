@@ -1,6 +1,5 @@
 """Epochs into iterations: typed-in values, a slow stream as oracle, and schedules that do not fit."""
 
-import logging
 import math
 import random
 from collections import Counter
@@ -13,26 +12,6 @@ from detectron2.config import CfgNode, get_cfg
 from imgcls.config.defaults import add_imgcls_config
 from imgcls.config.durations import iterations_for, resolve_durations
 from imgcls.config.loading import load_config
-
-
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    handler, logger = Lines(), logging.getLogger("imgcls.config")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler.lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def config(**solver: Any) -> CfgNode:

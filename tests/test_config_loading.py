@@ -1,11 +1,9 @@
 """Loading a configuration: safe, strict, and told in four parts."""
 
-import logging
 import os
 import re
 import socket
 import urllib.request
-from collections.abc import Iterator
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -21,28 +19,6 @@ from imgcls.config.yaml_reading import MAX_BYTES, MAX_FILES, read_yaml
 
 ZOO = Path(str(files("detectron2") / "model_zoo" / "configs"))
 STOCK_RETINANET = ZOO / "Base-RetinaNet.yaml"
-
-
-class Lines(logging.Handler):
-    """Keeps what imgcls.config logs, whatever other tests did to the loggers above it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    handler, logger = Lines(), logging.getLogger("imgcls.config")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler.lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def write(folder: Path, text: str | bytes, name: str = "c.yaml") -> Path:
@@ -89,7 +65,7 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-# Each runs os.mkdir(canary) under yaml.unsafe_load; {} is the canary's path.
+# Each would run os.mkdir(canary), {} being its path, under yaml.unsafe_load; only the twin lets detectron2 do that.
 RUNNING = {
     "apply": 'OUTPUT_DIR: !!python/object/apply:os.mkdir ["{}"]',
     "apply with args": 'OUTPUT_DIR: !!python/object/apply:os.mkdir {{args: ["{}"]}}',

@@ -245,3 +245,19 @@ def test_ones_own_trainer_may_add_hooks_as_in_detectron2(classifier_cfg):
     trainer.train()
     assert seen == [0, 1, 2, 3]
     assert trainer.scheduler.last_epoch == 4
+
+
+def test_a_checkpoint_hook_of_detectron2s_writes_what_can_be_resumed(classifier_cfg):
+    from detectron2.engine import hooks
+
+    cfg = classifier_cfg()
+    trainer = ClsTrainer(cfg)
+    trainer.register_hooks([hooks.PeriodicCheckpointer(trainer.checkpointer, 3)])
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    folder = trainer.run._folder
+    straight = weights(folder)
+    (folder / "model_final.pth").unlink()
+    run, _ = run_in_process("plain", cfg, resume=True)
+    assert run.start_iter == 3
+    assert same(weights(folder), straight)

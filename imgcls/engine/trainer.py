@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
-from imgcls.checkpoint import SafeCheckpointer
+from imgcls.checkpoint import SafeCheckpointer, write_checkpoint
 from imgcls.engine.run import Run
 from imgcls.engine.setup import Data, finalize
 
@@ -30,7 +31,7 @@ class ClsTrainer(DefaultTrainer):
         self.run = Run(cfg, data)
         self.start_iter, self.max_iter = 0, self.run.max_iter
         self._trainer = _Stepper(self.run)
-        self.checkpointer = SafeCheckpointer(self.run.model, cfg.OUTPUT_DIR)
+        self.checkpointer = _RunCheckpointer(self.run)
         self.register_hooks(self.build_hooks())
 
     @property
@@ -84,6 +85,20 @@ class _Stepper:
             self._batches = self._run.batches()
         losses = self._run.step(next(self._batches), self.iter)
         self._run.record(self.iter, losses)
+
+
+class _RunCheckpointer(SafeCheckpointer):
+    """For hooks that people add: what ``trainer.checkpointer.save`` writes can be resumed like the run's own files."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.model, run.cfg.OUTPUT_DIR)
+        self._run = run
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        if self.save_to_disk:
+            iteration = int(kwargs.pop("iteration", get_event_storage().iter))
+            content = {**kwargs, **self._run.checkpoint(iteration)}
+            write_checkpoint(Path(self.save_dir) / f"{name}.pth", content, iteration=iteration, newest=True)
 
 
 class _FinishIteration(HookBase):
