@@ -77,7 +77,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
         ["", "bn", "LN", "frozen"],
         ["auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN"],
     ),
-    "MODEL.BACKBONE.FREEZE_AT": ([-1, 6, 2.0, None], [0, 5]),
+    "MODEL.BACKBONE.FREEZE_AT": ([-1, 2.0, None], [0, 5]),
     "MODEL.PIXEL_MEAN": ([[NAN], [-1.0], 3.0, ["0"]], [[0.0], [103.5, 116.3, 123.7]]),
     "MODEL.PIXEL_STD": ([[0.0, 1.0, 1.0], [NAN], [-1.0], [INF]], [[1.0], [58.4, 57.1, 57.4]]),
     "SOLVER.LR_SCHEDULER_NAME": (
@@ -94,7 +94,11 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "DATALOADER.TIMEOUT": ([-1, NAN], [0, 120]),
     "DATALOADER.PACKING": (["", "list"], ["tensors", "dicts"]),
     "MODEL.HEAD.NUM_CLASSES": ([-1, 10.0], [0, 1, 1000]),
-    "MODEL.HEAD.DROPOUT": ([-0.1, 1.0, NAN], [0.0, 0.999]),
+    "MODEL.HEAD.AUX_WEIGHT": ([-0.1, NAN], [0.0, 0.3]),
+    "MODEL.BACKBONE.DROP_PATH": ([-0.1, 1.0, NAN], [0.0, 0.2]),
+    "MODEL.BACKBONE.OUTPUT_STRIDE": ([0, 4, 64], [8, 16, 32]),
+    "MODEL.BACKBONE.PRETRAIN_SIZE": ([-1, 2.5], [0, 384]),
+    "MODEL.HEAD.DROPOUT": ([-0.1, 1.0, NAN], [0.0, 0.999, -1.0]),
     "MODEL.LOSS.LABEL_SMOOTHING": ([-0.1, 1.0, NAN], [0.0, 0.1]),
     "INPUT.TRAIN_SIZE": ([0, -1, 224.0], [1, 224]),
     "INPUT.TEST_SIZE": ([0, -1], [1, 224]),
@@ -127,11 +131,11 @@ def test_a_value_in_range_passes(key: str, value: Any) -> None:
 
 
 def test_the_allowed_values_are_told_in_words() -> None:
-    cfg = classifier(SOLVER__OPTIMIZER="Adam", SOLVER__MOMENTUM=1.5, MODEL__BACKBONE__FREEZE_AT=9)
+    cfg = classifier(SOLVER__OPTIMIZER="Adam", SOLVER__MOMENTUM=1.5, MODEL__BACKBONE__FREEZE_AT=-9)
     assert sorted(map(str, all_problems(cfg))) == [
         "the value is out of range: got 'Adam'; allowed: SGD, AdamW; change SOLVER.OPTIMIZER",
+        "the value is out of range: got -9; allowed: a whole number >= 0; change MODEL.BACKBONE.FREEZE_AT",
         "the value is out of range: got 1.5; allowed: a number >= 0 and < 1; change SOLVER.MOMENTUM",
-        "the value is out of range: got 9; allowed: a whole number from 0 to 5; change MODEL.BACKBONE.FREEZE_AT",
     ]
 
 
@@ -160,7 +164,7 @@ def test_classification_keys_are_checked_in_classification_only() -> None:
     detector = add_imgcls_config(get_cfg())
     detector.SOLVER.LR_SCHEDULER_NAME = "WarmupPolyLR"  # a project's own
     detector.INPUT.TEST_RESIZE = -1
-    detector.MODEL.BACKBONE.FREEZE_AT = 9
+    detector.MODEL.BACKBONE.FREEZE_AT = -9
     assert all_problems(detector) == []
     detector.MODEL.BACKBONE.NAME = "build_imgcls_fpn_backbone"
     assert [problem.key for problem in all_problems(detector)] == ["MODEL.BACKBONE.FREEZE_AT"]

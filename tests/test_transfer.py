@@ -294,7 +294,12 @@ def test_the_file_holds_the_trunk_and_its_contract_and_nothing_of_the_head(class
     assert not any(k.startswith(("head.", "backbone.")) or "num_batches" in k for k in content["model"])
     notes = content["imgcls"]
     assert notes["contract"]["pixel_mean"] == MEAN and notes["contract"]["input_format"] == "RGB"
-    assert notes["architecture"] == {"variant": "resnet18", "stem": "standard", "norm": "BN"}
+    assert notes["architecture"] == {
+        "variant": "resnet18",
+        "stem": "standard",
+        "norm": "BN",
+        "options": {},
+    }
     assert notes["classes"] == list("0123456789")
     assert set(notes["probe"]["means"]) == {"stem", "res2", "res3", "res4", "res5"}
     assert all(m.dtype == torch.float64 for m in notes["probe"]["means"].values())

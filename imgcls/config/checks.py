@@ -69,9 +69,14 @@ def above_zero() -> Limit:
     return Limit("a finite number > 0", lambda value: _is_number(value) and value > 0)
 
 
-def one_of(*names: str) -> Limit:
-    """One of the names, spelt exactly so."""
-    return Limit(", ".join(names), lambda value: value in names)
+def one_of(*values: object) -> Limit:
+    """One of the values; names are spelt exactly so."""
+    return Limit(", ".join(map(str, values)), lambda value: value in values)
+
+
+def either(special: object, limit: Limit) -> Limit:
+    """The one value ``special``, which has a meaning of its own, or what holds ``limit``."""
+    return Limit(f"{special}, or {limit.allowed}", lambda value: value == special or limit.holds(value))
 
 
 def each(limit: Limit, count: int | None = None, *, rising: bool = False) -> Limit:
@@ -115,7 +120,10 @@ ANY_CONFIG: dict[str, Limit] = {
 OUR_BACKBONE: dict[str, Limit] = {
     "MODEL.BACKBONE.STEM": one_of("standard", "small"),
     "MODEL.BACKBONE.NORM": one_of("auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN"),
-    "MODEL.BACKBONE.FREEZE_AT": whole(0, 5),
+    "MODEL.BACKBONE.FREEZE_AT": whole(0),
+    "MODEL.BACKBONE.DROP_PATH": from_zero(below=1),
+    "MODEL.BACKBONE.OUTPUT_STRIDE": one_of(8, 16, 32),
+    "MODEL.BACKBONE.PRETRAIN_SIZE": whole(0),
     "MODEL.PIXEL_MEAN": each(from_zero()),
     "MODEL.PIXEL_STD": each(above_zero()),
 }
@@ -130,7 +138,8 @@ CLASSIFIER: dict[str, Limit] = {
     "DATALOADER.TIMEOUT": from_zero(),
     "DATALOADER.PACKING": one_of("tensors", "dicts"),
     "MODEL.HEAD.NUM_CLASSES": whole(0),
-    "MODEL.HEAD.DROPOUT": from_zero(below=1),
+    "MODEL.HEAD.DROPOUT": either(-1.0, from_zero(below=1)),
+    "MODEL.HEAD.AUX_WEIGHT": from_zero(),
     "MODEL.LOSS.LABEL_SMOOTHING": from_zero(below=1),
     "INPUT.TRAIN_SIZE": whole(1),
     "INPUT.TEST_SIZE": whole(1),

@@ -36,6 +36,16 @@ def _add_backbone(cfg: CfgNode) -> None:
     _set_new(node, "STEM", "standard")
     # Feature maps to return; empty: FPN.IN_FEATURES under an FPN, the last stage under ClsNet, all stages otherwise.
     _set_new(node, "OUT_FEATURES", [])
+    # Stochastic depth: probability of leaving out the last block (linear from 0 at the first), where the family has it.
+    _set_new(node, "DROP_PATH", 0.0)
+    # 32 | 16 | 8: the last stages keep this stride, their convolutions are dilated instead.
+    _set_new(node, "OUTPUT_STRIDE", 32)
+    # Gradient checkpointing: maps inside a stage are computed again in the backward pass. Less memory, more time.
+    _set_new(node, "CHECKPOINT", False)
+    # Rows of the sandbox: the network itself, block by block.
+    _set_new(node, "ROWS", [])
+    # Pixels, side of the images that position embeddings are made for (ViT); 0: the row's own.
+    _set_new(node, "PRETRAIN_SIZE", 0)
     # Keep maps in channels-last order in memory: faster for depthwise networks on CPUs and with AMP on GPUs.
     _set_new(cfg.MODEL, "CHANNELS_LAST", False)
 
@@ -43,9 +53,11 @@ def _add_backbone(cfg: CfgNode) -> None:
 def _add_head(cfg: CfgNode) -> None:
     _set_new(cfg.MODEL, "HEAD", {})
     head = cfg.MODEL.HEAD
-    _set_new(head, "NAME", "LinearHead")  # a name in HEAD_REGISTRY
+    _set_new(head, "NAME", "auto")  # auto: the head of the network's paper; or a name in HEAD_REGISTRY
     _set_new(head, "NUM_CLASSES", 0)  # 0: counted from the training set
-    _set_new(head, "DROPOUT", 0.0)  # probability in [0, 1), before the last linear layer
+    _set_new(head, "DROPOUT", -1.0)  # probability in [0, 1), before the last linear layer; -1: the paper's
+    # Weight of each auxiliary head's loss, for networks that have some (GoogLeNet, Inception v3); 0: without them.
+    _set_new(head, "AUX_WEIGHT", 0.3)
     # True: MODEL.WEIGHTS may come without a head or with another number of classes; the head starts at random.
     _set_new(head, "RESET", False)
     _set_new(cfg.MODEL, "LOSS", {})

@@ -7,6 +7,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def conv_norm_act(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    norm: Callable[[int], nn.Module] | None,
+    activation: Callable[[Tensor], Tensor] | None = None,
+    stride: int = 1,
+    groups: int = 1,
+    padding: int | None = None,
+) -> Conv2d:
+    """Convolution, then norm, then activation; tensors ``weight``, ``norm.*``. Without a norm it has a bias.
+
+    padding: None pads so that the output is ceil(input / stride).
+    """
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        stride=stride,
+        padding=kernel // 2 if padding is None else padding,
+        groups=groups,
+        bias=norm is None,
+        norm=None if norm is None else norm(out_channels),
+        activation=activation,
+    )
+
+
 def conv_norm_relu(
     in_channels: int,
     out_channels: int,
@@ -16,18 +44,8 @@ def conv_norm_relu(
     stride: int = 1,
     groups: int = 1,
 ) -> Conv2d:
-    """Convolution without bias, padded so that the output is ceil(input / stride), then norm, then ReLU."""
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride=stride,
-        padding=kernel // 2,
-        groups=groups,
-        bias=False,
-        norm=norm(out_channels),
-        activation=F.relu_,
-    )
+    """:func:`conv_norm_act` with ReLU."""
+    return conv_norm_act(in_channels, out_channels, kernel, norm=norm, activation=F.relu_, stride=stride, groups=groups)
 
 
 class DepthwiseSeparable(nn.Module):

@@ -2,11 +2,11 @@
 
 from imgcls.modeling import backbones, necks
 from imgcls.modeling.backbone_base import Architecture, StagedTrunk, Trunk, is_bookkeeping
-from imgcls.modeling.build import BUILD_GUARDS, build_trunk, is_classifier
-from imgcls.modeling.cls_net import ClsNet
+from imgcls.modeling.build import BUILD_GUARDS, build_trunk, is_classifier, make_trunk
+from imgcls.modeling.cls_net import ClsNet, make_classifier
 from imgcls.modeling.heads import HEAD_REGISTRY
 from imgcls.modeling.losses import LOSS_REGISTRY
-from imgcls.modeling.spec import Family, all_variants, family_of, register_family
+from imgcls.modeling.spec import Family, Source, all_variants, families, family_of, register_family
 
 __all__ = [
     "BUILD_GUARDS",
@@ -15,14 +15,18 @@ __all__ = [
     "Architecture",
     "ClsNet",
     "Family",
+    "Source",
     "StagedTrunk",
     "Trunk",
     "all_variants",
     "backbones",
     "build_trunk",
+    "families",
     "family_of",
     "is_bookkeeping",
     "is_classifier",
+    "make_classifier",
+    "make_trunk",
     "necks",
     "register_family",
 ]

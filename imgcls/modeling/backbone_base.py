@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
+from typing import Any
 
+import torch
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
+
+from imgcls.layers import dilate, recomputed
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What must be the same where the weights come from and where they go: values of MODEL.BACKBONE's keys."""
+    """What must be the same where the weights come from and where they go: values of MODEL.BACKBONE's keys.
+
+    options: those of the family's options that shape the tensors (the sandbox's rows, the size of a position grid).
+    """
 
     variant: str
     stem: str = "standard"
     norm: str = "BN"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain Python values, loadable with ``weights_only``."""
         return asdict(self)
 
@@ -33,11 +41,35 @@ class Trunk(Backbone):
     # Why the weights must have come before training starts; empty: they need not.
     weights_expected = ""
     detector_only: tuple[str, ...] = ()
+    # Whether the modules of stage_modules() return (N, C, H, W); otherwise only the trunk's own maps can be compared.
+    stages_return_maps = True
+    # Gradient checkpointing, stage by stage.
+    checkpointing = False
     _frozen: tuple[nn.Module, ...] = ()
 
     def stage_modules(self) -> list[tuple[str, nn.Module]]:
         """The stages in order with their names: ("stem", ...), ("res2", ...) and so on."""
         raise TypeError(f"{type(self).__name__} does not say what its stages are")
+
+    def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """``stage(x)``, with its maps computed again in the backward pass where that was asked for."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return recomputed(stage, x)
+        return stage(x)
+
+    def dilate_to(self, output_stride: int) -> None:
+        """Keep every stage at a stride of at most ``output_stride``: its convolutions are dilated instead."""
+        strides, dilation = self._out_feature_strides, 1
+        before = 1
+        for name, stage in self.stage_modules():
+            booked, own = strides.get(name, before), strides.get(name, before) // before
+            if booked > output_stride and own > 1:
+                dilation = dilate(stage, dilation, own)
+            elif dilation > 1:
+                dilate(stage, dilation, 1)
+            before = booked
+        for name, stride in strides.items():
+            strides[name] = min(stride, output_stride)
 
     def freeze(self, freeze_at: int = 0) -> Trunk:
         """Freeze the first ``freeze_at`` stages (1: the stem, 2: the stem and res2, ...), running statistics too."""
@@ -160,7 +192,7 @@ class StagedTrunk(Trunk):
             self.require_arrival()
         outputs = {}
         for name in self._stage_names:
-            x = getattr(self, name)(x)
+            x = self.run_stage(getattr(self, name), x)
             if name in self._out_features:
                 outputs[name] = x
         return outputs

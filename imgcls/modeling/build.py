@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -13,6 +14,7 @@ from detectron2.utils import comm
 from imgcls.config import register_check
 from imgcls.layers import NORMS
 from imgcls.modeling.backbone_base import Architecture, Trunk
+from imgcls.modeling.heads import FAMILY_HEAD
 from imgcls.modeling.spec import Family, family_of, variant_problem
 from imgcls.structures import Problem
 
@@ -39,20 +41,15 @@ def build_trunk(cfg: CfgNode, input_shape: ShapeSpec, family: Family | None = No
             f"{', '.join(family.variants)}; or MODEL.BACKBONE.NAME {owner.builder}",
             "MODEL.BACKBONE.VARIANT or MODEL.BACKBONE.NAME",
         ).error()
-    if node.STEM not in owner.stems:
-        raise Problem(
-            f"{owner.name} has no such stem", node.STEM, ", ".join(owner.stems), "MODEL.BACKBONE.STEM"
-        ).error()
-    norm = resolve_norm(cfg)
-    trunk: Trunk = owner.build(
-        owner.variants[node.VARIANT],
+    trunk = make_trunk(
+        Architecture(node.VARIANT, node.STEM, resolve_norm(cfg), _options(cfg, owner)),
         in_channels=input_shape.channels,
-        norm=norm,
-        out_features=_out_features(cfg),
-        stem=node.STEM,
+        out_features=_out_features(cfg, owner),
+        drop_path=node.DROP_PATH,
+        output_stride=node.OUTPUT_STRIDE,
+        for_detector=not is_classifier(cfg),
     )
-    trunk.architecture = Architecture(node.VARIANT, node.STEM, norm)
-    trunk.detector_only = owner.detector_only
+    trunk.checkpointing = node.CHECKPOINT
     trunk.freeze(node.FREEZE_AT)
     trunk.watch_arrival()
     if not is_classifier(cfg):
@@ -63,6 +60,53 @@ def build_trunk(cfg: CfgNode, input_shape: ShapeSpec, family: Family | None = No
     return trunk
 
 
+def make_trunk(
+    architecture: Architecture,
+    *,
+    in_channels: int = 3,
+    out_features: Sequence[str] | None = None,
+    drop_path: float = 0.0,
+    output_stride: int = 32,
+    for_detector: bool = False,
+) -> Trunk:
+    """The trunk of ``architecture``, with random weights; what the family cannot do is a ``ValueError``.
+
+    out_features: maps to return; None: the one that the classifier reads (for_detector False), or the last.
+    """
+    family = family_of(architecture.variant)
+    if architecture.stem not in family.stems:
+        allowed = ", ".join(family.stems)
+        raise Problem(f"{family.name} has no such stem", architecture.stem, allowed, "MODEL.BACKBONE.STEM").error()
+    if drop_path and "drop_path" not in family.options:
+        raise Problem(f"{family.name} has no stochastic depth", drop_path, "0.0", "MODEL.BACKBONE.DROP_PATH").error()
+    if output_stride < 32 and not family.dilatable:
+        what = f"the stages of {family.name} cannot be dilated"
+        raise Problem(what, output_stride, "32", "MODEL.BACKBONE.OUTPUT_STRIDE").error()
+    options = dict(architecture.options)
+    if "drop_path" in family.options:
+        options["drop_path"] = drop_path
+    if "for_detector" in family.options:
+        options["for_detector"] = for_detector
+    trunk: Trunk = family.build(
+        family.variants[architecture.variant],
+        in_channels=in_channels,
+        norm=architecture.norm,
+        out_features=out_features,
+        stem=architecture.stem,
+        **options,
+    )
+    trunk.architecture = architecture
+    trunk.detector_only = family.detector_only
+    if output_stride < 32:
+        trunk.dilate_to(output_stride)
+    return trunk
+
+
+def own_norm(family: Family, variant: str) -> str:
+    """ "LN" or "none" for a variant whose norms cannot be chosen, otherwise ""."""
+    return getattr(family.variants[variant], "own_norm", "")
+
+
 def is_classifier(cfg: CfgNode) -> bool:
     """Whether the config trains a classifier rather than a detector."""
     return cfg.MODEL.META_ARCHITECTURE == CLASSIFIER
@@ -71,6 +115,13 @@ def is_classifier(cfg: CfgNode) -> bool:
 def resolve_norm(cfg: CfgNode) -> str:
     """The kind of norm that MODEL.BACKBONE.NORM stands for here; says in the log when that is another word."""
     asked = cfg.MODEL.BACKBONE.NORM
+    variant = cfg.MODEL.BACKBONE.VARIANT
+    fixed = own_norm(family_of(variant), variant)
+    if fixed:
+        if asked not in ("auto", fixed):
+            what = f"the norms of {variant} are not to be chosen ({fixed})"
+            raise Problem(what, asked, f"auto, {fixed}", "MODEL.BACKBONE.NORM").error()
+        return fixed
     kind = asked
     if asked == "auto":
         kind = "BN" if is_classifier(cfg) else "FrozenBN"
@@ -85,12 +136,26 @@ def resolve_norm(cfg: CfgNode) -> str:
     return kind
 
 
-def _out_features(cfg: CfgNode) -> list[str] | None:
+# Option of a family that shapes its tensors -> key; a value that is empty or 0 leaves the row's own.
+OPTIONS = {"rows": "ROWS", "pretrain_size": "PRETRAIN_SIZE"}
+
+
+def _options(cfg: CfgNode, family: Family) -> dict[str, Any]:
+    given = {option: cfg.MODEL.BACKBONE[key] for option, key in OPTIONS.items() if cfg.MODEL.BACKBONE[key]}
+    for option, value in given.items():
+        if option not in family.options:
+            key = f"MODEL.BACKBONE.{OPTIONS[option]}"
+            raise Problem(f"{family.name} does not read this key", value, "its default", key).error()
+    return given
+
+
+def _out_features(cfg: CfgNode, family: Family) -> list[str] | None:
     node = cfg.MODEL.BACKBONE
     if node.OUT_FEATURES:
         return list(node.OUT_FEATURES)
     if is_classifier(cfg):
-        return None
+        auxiliary = family.auxiliary if cfg.MODEL.HEAD.AUX_WEIGHT > 0 and cfg.MODEL.HEAD.NAME == FAMILY_HEAD else ()
+        return [*auxiliary, "res5"] if auxiliary else None
     if "fpn" in node.NAME:
         return list(cfg.MODEL.FPN.IN_FEATURES)
     return ["res2", "res3", "res4", "res5"]

@@ -10,8 +10,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
 
-from imgcls.modeling.heads import HEAD_REGISTRY
+from imgcls.modeling.backbone_base import Architecture, Trunk
+from imgcls.modeling.build import make_trunk
+from imgcls.modeling.heads import FAMILY_HEAD, make_head
 from imgcls.modeling.losses import LOSS_REGISTRY
+from imgcls.modeling.spec import family_of
 from imgcls.structures import Batch, PreprocessingContract, Problem
 
 # A float batch inside this range was normalised already, or scaled to 0..1: either would train a wrong network.
@@ -38,6 +41,7 @@ class ClsNet(nn.Module):
         loss: nn.Module,
         contract: PreprocessingContract,
         channels_last: bool = False,
+        auxiliary_weight: float = 0.3,
     ) -> None:
         super().__init__()
         if contract.input_format != "RGB":
@@ -48,6 +52,7 @@ class ClsNet(nn.Module):
         self.contract = contract
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.feature = list(backbone.output_shape())[-1]  # type: ignore[operator]
+        self.auxiliary_weight = auxiliary_weight
         self.register_buffer("pixel_mean", _per_channel(contract.pixel_mean), persistent=False)
         self.register_buffer("pixel_scale", 1.0 / _per_channel(contract.pixel_std), persistent=False)
         self.to(memory_format=self.memory_format)
@@ -61,10 +66,10 @@ class ClsNet(nn.Module):
             raise Problem(
                 "the number of classes is not set", node.NUM_CLASSES, allowed, "MODEL.HEAD.NUM_CLASSES"
             ).error()
-        channels = list(backbone.output_shape().values())[-1].channels
         return {
             "backbone": backbone,
-            "head": HEAD_REGISTRY.get(node.NAME)(channels, node.NUM_CLASSES, node.DROPOUT),
+            "head": _head_over(backbone, node),
+            "auxiliary_weight": node.AUX_WEIGHT,
             "loss": LOSS_REGISTRY.get(cfg.MODEL.LOSS.NAME)(cfg.MODEL.LOSS.LABEL_SMOOTHING),
             "contract": PreprocessingContract.from_cfg(cfg),
             "channels_last": cfg.MODEL.CHANNELS_LAST,
@@ -86,11 +91,11 @@ class ClsNet(nn.Module):
         dicts a list of dicts with ``logits`` (K,), ``scores`` (K,) after softmax, and ``pred_class`` (int).
         """
         batch = self.to_batch(inputs, targets)
-        logits = self.logits(batch.images, normalized=normalized)
         if self.training:
             if batch.targets is None:
                 raise ValueError("training needs targets: call model(images, targets), or put 'label' into every dict")
-            return self.loss(logits, batch.targets)
+            return self._losses(batch.images, batch.targets, normalized)
+        logits = self.logits(batch.images, normalized=normalized)
         return _as_dicts(logits) if isinstance(inputs, (list, tuple)) else logits
 
     def to_batch(self, inputs: Any, targets: Tensor | None = None) -> Batch:
@@ -111,16 +116,29 @@ class ClsNet(nn.Module):
 
     def logits(self, images: Tensor | Sequence[Tensor], *, normalized: bool = False) -> Tensor:
         """(N, K). Each image gets the logits it would get alone: sizes are never padded to one another."""
+        return self._all_logits(images, normalized)[""]
+
+    def _losses(self, images: Tensor | Sequence[Tensor], targets: Tensor, normalized: bool) -> dict[str, Tensor]:
+        logits = self._all_logits(images, normalized)
+        losses: dict[str, Tensor] = self.loss(logits.pop(""), targets)
+        for name, values in logits.items():
+            own = self.loss(values, targets)
+            losses.update({f"{loss}_{name}": self.auxiliary_weight * value for loss, value in own.items()})
+        return losses
+
+    def _all_logits(self, images: Tensor | Sequence[Tensor], normalized: bool) -> dict[str, Tensor]:
+        """Logits of the head (under ""), and in training of each auxiliary head (under the name of its map)."""
         if isinstance(images, Tensor):
-            return self.head(self.backbone(self._prepare(images, normalized))[self.feature])
+            maps = self.backbone(self._prepare(images, normalized))
+            auxiliary = getattr(self.head, "auxiliary", {}) if self.training else {}
+            return {"": self.head(maps[self.feature]), **{name: auxiliary[name](maps[name]) for name in auxiliary}}
         by_size: dict[torch.Size, list[int]] = {}
         for index, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(index)
         order = [index for group in by_size.values() for index in group]
-        groups = [
-            self.logits(torch.stack([images[i] for i in group]), normalized=normalized) for group in by_size.values()
-        ]
-        return torch.cat(groups)[torch.tensor(order, device=self.device).argsort()]
+        groups = [self._all_logits(torch.stack([images[i] for i in g]), normalized) for g in by_size.values()]
+        back = torch.tensor(order, device=self.device).argsort()
+        return {name: torch.cat([group[name] for group in groups])[back] for name in groups[0]}
 
     def _prepare(self, images: Tensor, normalized: bool) -> Tensor:
         if images.shape[1] != len(self.pixel_mean):
@@ -143,6 +161,41 @@ class ClsNet(nn.Module):
         # A copy even from float to float: the arithmetic below is in place.
         values = images.to(self.pixel_mean.dtype, copy=True, memory_format=self.memory_format)
         return values.sub_(self.pixel_mean).mul_(self.pixel_scale)
+
+
+def make_classifier(
+    architecture: Architecture,
+    num_classes: int,
+    contract: PreprocessingContract,
+    *,
+    auxiliary: bool = False,
+    drop_path: float = 0.0,
+) -> ClsNet:
+    """The classifier of ``architecture`` without a config: random weights, the head of its paper, cross-entropy.
+
+    auxiliary: with the auxiliary heads that its paper trains it with.
+    """
+    family = family_of(architecture.variant)
+    taps = [*family.auxiliary, "res5"] if auxiliary and family.auxiliary else None
+    trunk = make_trunk(architecture, in_channels=len(contract.pixel_mean), out_features=taps, drop_path=drop_path)
+    row, shapes = family.variants[architecture.variant], trunk.output_shape()
+    head = make_head(FAMILY_HEAD, family, row, shapes, num_classes, norm=architecture.norm)
+    return ClsNet(backbone=trunk, head=head, loss=LOSS_REGISTRY.get("CrossEntropy")(0.0), contract=contract)
+
+
+def _head_over(backbone: nn.Module, node: CfgNode) -> nn.Module:
+    # Somebody else's backbone has no row; its head is the linear one.
+    architecture = backbone.architecture if isinstance(backbone, Trunk) else None
+    family = family_of(architecture.variant) if architecture else None
+    return make_head(
+        node.NAME,
+        family,
+        family.variants[architecture.variant] if family and architecture else None,
+        backbone.output_shape(),  # type: ignore[operator]
+        node.NUM_CLASSES,
+        dropout=None if node.DROPOUT < 0 else node.DROPOUT,
+        norm=architecture.norm if architecture else "BN",
+    )
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from imgcls.structures import Problem
+from imgcls.structures import KeyRule, Problem
+
+
+@dataclass(frozen=True)
+class Source:
+    """Another library whose weights a family takes, and which is the reference that it must equal.
+
+    names: our variant -> the network's name there.
+    rules: from its tensors' names to ours, or a function of the variant's row that returns them.
+    options: keyword arguments that build the network there as ours is (beside "without weights").
+    sizes: pixels, sides of the square images on which both are compared: a usual one and an odd one.
+    """
+
+    names: Mapping[str, str]
+    rules: Sequence[KeyRule] | Callable[[Any], Sequence[KeyRule]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: tuple[int, ...] = (64, 97)
+
+    def rules_for(self, row: Any) -> Sequence[KeyRule]:
+        """The key rules of the variant whose row is ``row``."""
+        return self.rules(row) if callable(self.rules) else self.rules
 
 
 @dataclass(frozen=True)
@@ -15,17 +35,31 @@ class Family:
     """One network family.
 
     name: as in ``build_imgcls_<name>_backbone``.
-    variants: name of the variant -> row of the family's table (a frozen dataclass).
-    build: ``build(row, in_channels=, norm=, out_features=, stem=)`` -> Trunk. ``norm`` is a kind from ``NORMS``.
+    variants: name of the variant -> row of the family's table (a frozen dataclass). A row whose ``own_norm`` is "LN"
+        or "none" has norms that MODEL.BACKBONE.NORM cannot choose.
+    build: ``build(row, in_channels=, norm=, out_features=, stem=, **options)`` -> Trunk. ``norm``: a kind of ``NORMS``.
+    head: ``head(row, shapes, num_classes, dropout=, norm=)`` -> the paper's classifier over ``shapes``, the trunk's
+        output_shape(); dropout None is the paper's own. None: global average pooling and one linear layer.
+    options: further keyword arguments that ``build`` takes: names in ``build.OPTIONS`` ("drop_path", ...).
     stems: values of MODEL.BACKBONE.STEM that the family knows.
+    auxiliary: maps that the classifier's auxiliary heads read in training.
+    dilatable: whether the last stages can keep their resolution (MODEL.BACKBONE.OUTPUT_STRIDE).
     detector_only: patterns (fnmatch) of tensors that a detector's body has and a classifier's trunk has not.
+    classifier_only: patterns of a classifier's trunk's tensors that no detector has; they do not travel.
+    sources: name of a library -> where its weights go.
     """
 
     name: str
     variants: Mapping[str, Any]
     build: Callable[..., Any]
+    head: Callable[..., Any] | None = None
+    options: tuple[str, ...] = ()
     stems: tuple[str, ...] = ("standard",)
+    auxiliary: tuple[str, ...] = ()
+    dilatable: bool = False
     detector_only: tuple[str, ...] = ()
+    classifier_only: tuple[str, ...] = ()
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def builder(self) -> str:
@@ -34,6 +68,8 @@ class Family:
 
 
 _FAMILY_OF: dict[str, Family] = {}
+# "prefix:" -> the family of a name that begins so; for libraries whose networks nobody lists here.
+_OPEN_FAMILIES: dict[str, Callable[[str], Family]] = {}
 
 
 def register_family(family: Family) -> Family:
@@ -46,15 +82,32 @@ def register_family(family: Family) -> Family:
     return family
 
 
+def register_open_family(prefix: str, family_of_name: Callable[[str], Family]) -> None:
+    """Have ``family_of_name(variant)`` asked for every variant that begins with ``prefix`` (e.g. "timm:")."""
+    _OPEN_FAMILIES[prefix] = family_of_name
+
+
 def all_variants() -> tuple[str, ...]:
     """Every registered variant, in the order of registration."""
     return tuple(_FAMILY_OF)
+
+
+def families() -> tuple[Family, ...]:
+    """Every registered family, in the order of registration."""
+    return tuple({family.name: family for family in _FAMILY_OF.values()}.values())
 
 
 def variant_problem(variant: str) -> Problem | None:
     """None for a registered variant, otherwise the problem, with the nearest names."""
     if variant in _FAMILY_OF:
         return None
+    for prefix, family_of_name in _OPEN_FAMILIES.items():
+        if variant.startswith(prefix):
+            try:
+                family_of_name(variant)
+            except ValueError as error:
+                return Problem(str(error), variant, f"a name behind {prefix}", "MODEL.BACKBONE.VARIANT (--variant)")
+            return None
     near = difflib.get_close_matches(variant, _FAMILY_OF, n=3, cutoff=0.4)
     known = f"did you mean {' or '.join(near)}? All: " if near else "one of "
     allowed = known + ", ".join(_FAMILY_OF)
@@ -66,4 +119,6 @@ def family_of(variant: str) -> Family:
     problem = variant_problem(variant)
     if problem is not None:
         raise problem.error()
-    return _FAMILY_OF[variant]
+    if variant in _FAMILY_OF:
+        return _FAMILY_OF[variant]
+    return next(make(variant) for prefix, make in _OPEN_FAMILIES.items() if variant.startswith(prefix))

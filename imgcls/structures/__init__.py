@@ -2,7 +2,8 @@
 
 from imgcls.structures.batch import Batch
 from imgcls.structures.contract import PreprocessingContract
+from imgcls.structures.key_rule import KeyRule
 from imgcls.structures.load_report import LoadReport
 from imgcls.structures.problem import Problem
 
-__all__ = ["Batch", "LoadReport", "PreprocessingContract", "Problem"]
+__all__ = ["Batch", "KeyRule", "LoadReport", "PreprocessingContract", "Problem"]

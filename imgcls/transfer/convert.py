@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from imgcls.checkpoint import read_checkpoint, trunk_weights, write_tensors
-from imgcls.modeling import Architecture, Trunk
+from imgcls.modeling import Architecture, Trunk, family_of
 from imgcls.structures import PreprocessingContract
 from imgcls.transfer.handover import Handover, is_classifier_checkpoint
 from imgcls.transfer.probe import bare_trunk, measure
@@ -46,7 +47,12 @@ def make_handover(weights: str | Path, *, fold: bool = False) -> Handover:
         )
     architecture = Architecture(**content["architecture"])
     contract = PreprocessingContract.from_dict(content["contract"])
-    tensors = trunk_weights(content["model"])
+    unwanted = family_of(architecture.variant).classifier_only
+    tensors = {
+        name: tensor
+        for name, tensor in trunk_weights(content["model"]).items()
+        if not any(fnmatch(name, pattern) for pattern in unwanted)
+    }
     trunk = bare_trunk(architecture, tensors, len(contract.pixel_mean))
     if fold:
         contract = fold_normalization(trunk, contract)

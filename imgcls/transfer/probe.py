@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imgcls.modeling import Architecture, Trunk, family_of
+from imgcls.modeling import Architecture, Trunk, make_trunk
 from imgcls.structures import PreprocessingContract
 
 SEED, SIZE = 20240417, 128
+
+BATCH_NORMS = ("BN", "SyncBN", "naiveSyncBN", "FrozenBN")
 
 
 def probe_image(seed: int = SEED, size: int = SIZE, channels: int = 3) -> Tensor:
@@ -28,12 +31,10 @@ def bare_trunk(architecture: Architecture, weights: Mapping[str, Tensor], channe
     """
     from imgcls.checkpoint import load_weights
 
-    family = family_of(architecture.variant)
-    # Running statistics are used alike by every kind of BatchNorm in eval mode.
-    norm = "GN" if architecture.norm == "GN" else "BN"
-    trunk: Trunk = family.build(
-        family.variants[architecture.variant], in_channels=channels, norm=norm, stem=architecture.stem
-    )
+    if architecture.norm in BATCH_NORMS:
+        # Running statistics are used alike by every kind of BatchNorm in eval mode.
+        architecture = replace(architecture, norm="BN")
+    trunk = make_trunk(architecture, in_channels=channels, for_detector=True)
     report = load_weights(trunk, weights)
     report.require_complete(f"a {architecture.variant} trunk", "The checkpoint and its own description disagree")
     return trunk.eval()
@@ -67,6 +68,8 @@ def features(
 @torch.no_grad()
 def stage_maps(trunk: Trunk, image: Tensor, contract: PreprocessingContract, dtype: torch.dtype) -> dict[str, Tensor]:
     """Like :func:`features`, with the map after every stage, whatever the trunk returns on its own."""
+    if not trunk.stages_return_maps:
+        return features(trunk, image, contract, dtype)
     outputs: dict[str, Tensor] = {}
     trunk = trunk if dtype == torch.float32 else copy.deepcopy(trunk).to(dtype)
     handles = [

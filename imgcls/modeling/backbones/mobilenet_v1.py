@@ -89,7 +89,15 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
 
-FAMILY = register_family(Family(name="mobilenet_v1", variants=VARIANTS, build=MobileNetV1, stems=("standard", "small")))
+FAMILY = register_family(
+    Family(
+        name="mobilenet_v1",
+        variants=VARIANTS,
+        build=MobileNetV1,
+        stems=("standard", "small"),
+        dilatable=True,
+    )
+)
 
 
 @BACKBONE_REGISTRY.register()

@@ -1,0 +1,103 @@
+"""Whether a network is its reference: the reference's weights, put into ours, must give the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from imgcls.checkpoint import apply_key_rules, load_weights
+from imgcls.modeling import Architecture, ClsNet, Source, family_of, make_classifier
+from imgcls.structures import PreprocessingContract
+from imgcls.transfer.references import build_reference
+
+# Largest difference of the logits, relative to the largest logit.
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+NEUTRAL = PreprocessingContract("RGB", (0.0,) * 3, (1.0,) * 3, 224, 256, "bilinear")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Ours against the reference, on the same random weights and normalised images.
+
+    differences: "float64 97x97" -> largest difference of the logits relative to the largest.
+    parameters: of ours and of theirs.
+    """
+
+    reference: str
+    differences: Mapping[str, float]
+    parameters: tuple[int, int]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every difference is within :data:`LIMITS` and the parameters are as many."""
+        limits = {str(dtype).removeprefix("torch."): limit for dtype, limit in LIMITS.items()}
+        within = all(value <= limits[case.split()[0]] for case, value in self.differences.items())
+        return within and self.parameters[0] == self.parameters[1] and bool(self.differences)
+
+
+def measure_parity(variant: str, library: str, *, seed: int = 0) -> Parity:
+    """Compare ``variant`` with its reference in ``library``, in fp32 and fp64, at every size of the source."""
+    source = family_of(variant).sources[library]
+    torch.manual_seed(seed)
+    reference = build_reference(library, source.names[variant], source.options)
+    randomise(reference, seed)
+    ours = import_into(variant, source, reference.state_dict(), classes=_classes(reference, source))
+    differences = {}
+    for dtype in (torch.float32, torch.float64):
+        reference, ours = reference.to(dtype), ours.to(dtype)
+        for size in source.sizes:
+            x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed + size)).to(dtype)
+            name = f"{str(dtype).removeprefix('torch.')} {size}x{size}"
+            differences[name] = logits_difference(ours, reference, x)
+    counts = tuple(sum(p.numel() for p in network.parameters()) for network in (ours, reference))
+    return Parity(f"{library} {source.names[variant]}", differences, (counts[0], counts[1]))
+
+
+def import_into(variant: str, source: Source, tensors: Mapping[str, Tensor], *, classes: int) -> ClsNet:
+    """``variant`` as a classifier with a foreign checkpoint's tensors, in eval mode; a misfit is a ``ValueError``."""
+    family = family_of(variant)
+    mapped = to_our_keys(apply_key_rules(tensors, source.rules_for(family.variants[variant])))
+    auxiliary = any(name.startswith("head.auxiliary.") for name in mapped)
+    norm = getattr(family.variants[variant], "own_norm", "") or "BN"
+    net = make_classifier(Architecture(variant, norm=norm), classes, NEUTRAL, auxiliary=auxiliary)
+    report = load_weights(net, mapped)
+    report.require_complete("the checkpoint", f"Check the variant; {variant} takes {source.names[variant]}")
+    return net.eval()
+
+
+def to_our_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ClsNet's keys: what belongs to no head belongs to the backbone."""
+    return {name if name.startswith("head.") else f"backbone.{name}": tensor for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def logits_difference(ours: ClsNet, reference: nn.Module, x: Tensor) -> float:
+    """Largest difference of the logits for the normalised images ``x``, relative to the largest logit."""
+    theirs = reference(x)
+    return float((ours(x, normalized=True) - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.no_grad()
+def randomise(network: nn.Module, seed: int) -> None:
+    """Give norms weights, biases and statistics as different from their initial ones as after training.
+
+    Initial ones hide mistakes: a norm of weight 1, bias 0, mean 0 and variance 1 might as well not be there. Biases and
+    layer scales that start near zero hide what stands before them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name == "running_mean" or (name == "bias" and tensor.dim() == 1):
+                tensor.normal_(0, 0.1, generator=generator)
+            elif name == "running_var" or (name == "weight" and tensor.dim() == 1):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif name in ("layer_scale", "gamma"):
+                tensor.uniform_(0.5, 1.0, generator=generator)
+
+
+def _classes(reference: nn.Module, source: Source) -> int:
+    return int(getattr(reference, "num_classes", 1000) or 1000)

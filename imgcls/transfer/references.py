@@ -1,0 +1,57 @@
+"""The networks of other libraries, built there with random weights: what ours are measured against."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+def _timm(name: str, options: Mapping[str, Any]) -> nn.Module:
+    timm = require("timm")
+    return timm.create_model(name, pretrained=False, **options)
+
+
+def _efficientnet_lite_pytorch(name: str, options: Mapping[str, Any]) -> nn.Module:
+    library = require("efficientnet_lite_pytorch")
+    return library.EfficientNet.from_name(name, **options)
+
+
+# Library -> builds its network ``name`` with random weights.
+BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "efficientnet_lite_pytorch": _efficientnet_lite_pytorch,
+}
+
+# Import name -> what to install.
+INSTALL = {
+    "timm": "pip install 'imgcls[timm]'",
+    "efficientnet_lite_pytorch": "pip install efficientnet_lite_pytorch",
+    "transformers": "pip install transformers",
+}
+
+
+def build_reference(library: str, name: str, options: Mapping[str, Any]) -> nn.Module:
+    """``name`` of ``library`` with that library's random weights, in eval mode."""
+    with warnings.catch_warnings():
+        # torchvision announces that GoogLeNet's and Inception's initialisation will change.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        return BUILDERS[library](name, options).eval()
+
+
+def require(module: str) -> Any:
+    """Import an optional library; absent, it is an ``ImportError`` that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this needs {module}, which is not installed: {INSTALL[module]} ({error})") from error
