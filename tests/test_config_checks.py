@@ -98,6 +98,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "MODEL.BACKBONE.DROP_PATH": ([-0.1, 1.0, NAN], [0.0, 0.2]),
     "MODEL.BACKBONE.OUTPUT_STRIDE": ([0, 4, 64], [8, 16, 32]),
     "MODEL.BACKBONE.PRETRAIN_SIZE": ([-1, 2.5], [0, 384]),
+    "MODEL.BACKBONE.WINDOW_SIZE": ([-1, 2.5], [0, 14]),
     "MODEL.HEAD.DROPOUT": ([-0.1, 1.0, NAN], [0.0, 0.999, -1.0]),
     "MODEL.LOSS.LABEL_SMOOTHING": ([-0.1, 1.0, NAN], [0.0, 0.1]),
     "INPUT.TRAIN_SIZE": ([0, -1, 224.0], [1, 224]),

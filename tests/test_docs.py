@@ -43,7 +43,7 @@ from imgcls.transfer import convert, detector_fragment, read_handover
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "add-a-network", "configuration", "detection", "hand-over", "own-images", "training",
+    "add-a-network", "configuration", "detection", "hand-over", "own-images", "sandbox", "training",
 )))  # fmt: skip
 # YAMLs of the reader's own, which no checkout has.
 READERS_OWN = {"my_detector.yaml"}

@@ -26,8 +26,10 @@ def apply_key_rules(tensors: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> 
     whole: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     parts: dict[str, dict[tuple[int, int], Tensor]] = defaultdict(dict)
+    # Compiled here: a family that lists every tensor has more patterns than re's own cache keeps.
+    patterns = [(re.compile(rule.theirs), rule) for rule in rules]
     for theirs, tensor in tensors.items():
-        renamed = _rename(theirs, tensor, rules)
+        renamed = _rename(theirs, tensor, patterns)
         if renamed is None:
             continue
         ours, tensor, part = renamed
@@ -43,14 +45,16 @@ def apply_key_rules(tensors: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> 
     return whole
 
 
-def _rename(name: str, tensor: Tensor, rules: Sequence[KeyRule]) -> tuple[str, Tensor, tuple[int, int] | None] | None:
+def _rename(
+    name: str, tensor: Tensor, patterns: Sequence[tuple[re.Pattern[str], KeyRule]]
+) -> tuple[str, Tensor, tuple[int, int] | None] | None:
     part = None
-    for rule in rules:
-        if re.search(rule.theirs, name) is None:
+    for pattern, rule in patterns:
+        if pattern.search(name) is None:
             continue
         if rule.change == "drop":
             return None
-        name = re.sub(rule.theirs, rule.ours, name)
+        name = pattern.sub(rule.ours, name)
         tensor = CHANGES[rule.change](tensor)
         part = rule.part or part
     return name, tensor, part

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from imgcls.checkpoint.manifest import content_digest, file_digest, floats_in, manifest_path, read_manifest
@@ -25,7 +26,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False, check_digest: bool 
     itself must hold where there are any, and no weight may be NaN (check_digest False: the caller sees to both).
     Anything else, or a file that is torn, is a ``ValueError`` naming it.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}; change MODEL.WEIGHTS or --weights")
     if check_digest:
@@ -40,6 +41,11 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False, check_digest: bool 
     if check_digest:
         _require_numbers(path, content["model"])
     return content
+
+
+def local_path(path: str | Path) -> Path:
+    """The file behind ``path``; a name such as "torchvision://resnet50" is fetched by detectron2's PathManager."""
+    return Path(PathManager.get_local_path(str(path)) if "://" in str(path) else path)
 
 
 def _read(path: Path, mmap: bool) -> Any:

@@ -119,11 +119,12 @@ ANY_CONFIG: dict[str, Limit] = {
 # Only where the trunk is ours: another builder may give these keys another meaning.
 OUR_BACKBONE: dict[str, Limit] = {
     "MODEL.BACKBONE.STEM": one_of("standard", "small"),
-    "MODEL.BACKBONE.NORM": one_of("auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN"),
+    "MODEL.BACKBONE.NORM": one_of("auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN", "LN", "none"),
     "MODEL.BACKBONE.FREEZE_AT": whole(0),
     "MODEL.BACKBONE.DROP_PATH": from_zero(below=1),
     "MODEL.BACKBONE.OUTPUT_STRIDE": one_of(8, 16, 32),
     "MODEL.BACKBONE.PRETRAIN_SIZE": whole(0),
+    "MODEL.BACKBONE.WINDOW_SIZE": whole(0),
     "MODEL.PIXEL_MEAN": each(from_zero()),
     "MODEL.PIXEL_STD": each(above_zero()),
 }

@@ -46,6 +46,10 @@ def _add_backbone(cfg: CfgNode) -> None:
     _set_new(node, "ROWS", [])
     # Pixels, side of the images that position embeddings are made for (ViT); 0: the row's own.
     _set_new(node, "PRETRAIN_SIZE", 0)
+    # Patches, side of the windows that most blocks of a detector's ViT attend in (ViTDet: 14); 0: the whole map.
+    _set_new(node, "WINDOW_SIZE", 0)
+    # Relative positions in a detector's ViT, starting from zero (ViTDet has them).
+    _set_new(node, "REL_POS", False)
     # Keep maps in channels-last order in memory: faster for depthwise networks on CPUs and with AMP on GPUs.
     _set_new(cfg.MODEL, "CHANNELS_LAST", False)
 

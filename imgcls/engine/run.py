@@ -24,7 +24,7 @@ from imgcls.engine.step import TrainStep
 from imgcls.engine.writers import Stopwatch, build_writers
 from imgcls.evaluation import ClassificationEvaluator, evaluate
 from imgcls.layers import average_running_statistics
-from imgcls.modeling import Trunk
+from imgcls.modeling import Trunk, fit_to_input
 from imgcls.solver import build_optimizer, build_schedule
 from imgcls.structures import LoadReport, PreprocessingContract
 
@@ -67,14 +67,20 @@ class Run:
         """Weights to begin with (a classifier's checkpoint or a converted backbone); a misfit is a ``ValueError``."""
         content = read_checkpoint(path)
         weights = dict(content["model"])
+        notes = content.get("imgcls", {})
         if content.get("matching_heuristics"):
-            weights = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+            weights = {f"backbone.{name}": tensor for name, tensor in weights.items()} | notes.get("classifier", {})
+        if isinstance(self.model.backbone, Trunk):
+            weights = fit_to_input(weights, self.model.backbone, "backbone.")
+        if not hasattr(self.model.head, "auxiliary"):
+            # They serve training only; MODEL.HEAD.AUX_WEIGHT 0 leaves them out.
+            weights = {name: value for name, value in weights.items() if not name.startswith("head.auxiliary.")}
         self._require_same_contract(content, path)
         reset = self.cfg.MODEL.HEAD.RESET
         if reset:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
         else:
-            self._require_same_classes(content, path)
+            self._require_same_classes({**notes, **content}, path)
         report = load_weights(self.model, weights, may_be_new=lambda name: reset and name.startswith("head."))
         report.require_complete(
             path,
@@ -120,7 +126,10 @@ class Run:
     def _require_same_contract(self, content: dict[str, Any], path: str) -> None:
         notes = {**content, **content.get("imgcls", {})}
         contract, theirs = notes.get("contract"), notes.get("architecture")
-        differences = PreprocessingContract.from_dict(contract).differences(self.cfg) if contract else []
+        differences = []
+        if contract and len(contract["pixel_mean"]) == len(self.cfg.MODEL.PIXEL_MEAN):
+            # Another number of channels has its own mean and std.
+            differences = PreprocessingContract.from_dict(contract).differences(self.cfg)
         ours = _architecture(self.model.backbone)
         # Of a network whose stems differ in stride alone the tensors would fit, and mean something else.
         if theirs and ours and theirs["stem"] != ours["stem"]:

@@ -113,7 +113,8 @@ def _open_for_evaluation(cfg: CfgNode) -> Data:
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs the weights to evaluate: add MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
     # The checkpoint knows its classes: the training set need not be here.
-    classes = read_checkpoint(cfg.MODEL.WEIGHTS, mmap=True, check_digest=False).get("classes")
+    content = read_checkpoint(cfg.MODEL.WEIGHTS, mmap=True, check_digest=False)
+    classes = content.get("classes") or content.get("imgcls", {}).get("classes")
     test = _open_test(cfg, tuple(classes) if classes else None)
     if test is None:
         raise Problem("there is nothing to evaluate on", (), "a data set", "DATASETS.TEST").error()

@@ -8,16 +8,19 @@ from torch import nn
 def dilate(stage: nn.Module, before: int, stride: int) -> int:
     """Take the ``stride`` out of ``stage``, in place; returns the dilation for what follows.
 
-    before: the dilation that the stages in front ended with. The block that had the stride looks at pixels ``before``
-    apart, the blocks behind it at pixels ``before * stride`` apart, so every weight sees what it was trained to see.
+    before: the dilation that the stages in front ended with. The convolution that had the stride looks at pixels
+    ``before`` apart, those behind it at pixels ``before * stride`` apart: each weight sees what it was trained to see.
     """
     dilation = before
     for block in stage.children():
-        strided = False
+        strided = behind = False
         for conv in (module for module in block.modules() if isinstance(module, nn.Conv2d)):
-            strided |= max(conv.stride) > 1
-            _set_dilation(conv, dilation)
+            has_stride = max(conv.stride) > 1
+            _set_dilation(conv, before * stride if behind and not has_stride else dilation)
             conv.stride = (1, 1)
+            strided |= has_stride
+            # The 1x1 of a shortcut stands beside the others, not before them.
+            behind |= has_stride and conv.kernel_size != (1, 1)
         if strided:
             dilation = before * stride
     if dilation != before * stride:

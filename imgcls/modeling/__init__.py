@@ -5,8 +5,9 @@ from imgcls.modeling.backbone_base import Architecture, StagedTrunk, Trunk, is_b
 from imgcls.modeling.build import BUILD_GUARDS, build_trunk, is_classifier, make_trunk
 from imgcls.modeling.cls_net import ClsNet, make_classifier
 from imgcls.modeling.heads import HEAD_REGISTRY
+from imgcls.modeling.input_channels import fit_channels, fit_to_input, input_convolution
 from imgcls.modeling.losses import LOSS_REGISTRY
-from imgcls.modeling.spec import Family, Source, all_variants, families, family_of, register_family
+from imgcls.modeling.spec import Family, Source, all_variants, families, family_of, register_family, same_network
 
 __all__ = [
     "BUILD_GUARDS",
@@ -23,10 +24,14 @@ __all__ = [
     "build_trunk",
     "families",
     "family_of",
+    "fit_channels",
+    "fit_to_input",
+    "input_convolution",
     "is_bookkeeping",
     "is_classifier",
     "make_classifier",
     "make_trunk",
     "necks",
     "register_family",
+    "same_network",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -31,6 +31,24 @@ class Architecture:
         return asdict(self)
 
 
+class NoSuchMap(ValueError):
+    """A map was asked for that the network has not; ``missing`` and ``known`` are names of maps."""
+
+    def __init__(self, network: str, missing: Sequence[str], known: Sequence[str]) -> None:
+        super().__init__(
+            f"{network} has no feature map {', '.join(map(repr, missing))}; allowed: {', '.join(known)}; "
+            "change MODEL.BACKBONE.OUT_FEATURES or the IN_FEATURES that ask for it"
+        )
+        self.missing, self.known = tuple(missing), tuple(known)
+
+
+def require_maps(network: str, wanted: Iterable[str], known: Sequence[str]) -> None:
+    """Raise :class:`NoSuchMap` where ``wanted`` names a map that is not among ``known``."""
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise NoSuchMap(network, missing, known)
+
+
 class Trunk(Backbone):
     """A backbone that detectron2's classes can be mixed with; see :class:`StagedTrunk` for one's own networks.
 
@@ -45,11 +63,27 @@ class Trunk(Backbone):
     stages_return_maps = True
     # Gradient checkpointing, stage by stage.
     checkpointing = False
+    # Parameters beside the modules that belong to the first stage (position embeddings).
+    first_stage_parameters: tuple[str, ...] = ()
     _frozen: tuple[nn.Module, ...] = ()
 
     def stage_modules(self) -> list[tuple[str, nn.Module]]:
         """The stages in order with their names: ("stem", ...), ("res2", ...) and so on."""
         raise TypeError(f"{type(self).__name__} does not say what its stages are")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, C, H, W), normalised -> feature name -> (N, channels, ceil(H / stride), ceil(W / stride)).
+
+        One stage after another; a trunk that is no chain of its stages has a forward of its own.
+        """
+        if self.training:
+            self.require_arrival()
+        maps = {}
+        for name, stage in self.stage_modules():
+            x = self.run_stage(stage, x)
+            if name in self._out_features:
+                maps[name] = x
+        return maps
 
     def run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         """``stage(x)``, with its maps computed again in the backward pass where that was asked for."""
@@ -83,6 +117,12 @@ class Trunk(Backbone):
         self._frozen = tuple(stage for _, stage in stages[:freeze_at])
         for stage in self._frozen:
             stage.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if freeze_at and name in self.first_stage_parameters:
+                parameter.requires_grad_(False)
+            elif self.is_detector_only(name):
+                # It comes from no classifier: frozen it would stay as it was initialised.
+                parameter.requires_grad_(True)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Trunk:
@@ -121,13 +161,10 @@ class Trunk(Backbone):
         if self.weights_expected:
             keys: Iterable[str] = self.state_dict()
         else:
-            frozen = {id(module) for module in self._frozen}
-            keys = [
-                f"{name}.{key}"
-                for name, stage in self.stage_modules()
-                if id(stage) in frozen
-                for key in stage.state_dict()
-            ]
+            # A stage may stand under another name than its map's (RegNet's s1 gives res2).
+            names = {id(module): name for name, module in self.named_modules()}
+            keys = [f"{names[id(stage)]}.{key}" for stage in self._frozen for key in stage.state_dict()]
+            keys += [key for key in self.state_dict() if self._frozen and key in self.first_stage_parameters]
         return [key for key in keys if not (is_bookkeeping(key) or self.is_detector_only(key))]
 
     def is_detector_only(self, key: str) -> bool:
@@ -169,13 +206,7 @@ class StagedTrunk(Trunk):
     def keep(self, out_features: Iterable[str] | None) -> None:
         """Choose the maps to return (None: the last) and drop the stages after the last of them."""
         wanted = list(out_features or self._stage_names[-1:])
-        unknown = [name for name in wanted if name not in self._stage_names]
-        if unknown:
-            raise ValueError(
-                f"{type(self).__name__} has no feature map "
-                f"{', '.join(map(repr, unknown))}; allowed: {', '.join(self._stage_names)}; "
-                "change MODEL.BACKBONE.OUT_FEATURES or the IN_FEATURES that ask for it"
-            )
+        require_maps(type(self).__name__, wanted, self._stage_names)
         last = max(self._stage_names.index(name) for name in wanted)
         for name in self._stage_names[last + 1 :]:
             # As in detectron2's ResNet: stages nobody reads cost memory, and DDP waits for their gradients.
@@ -185,14 +216,3 @@ class StagedTrunk(Trunk):
 
     def stage_modules(self) -> list[tuple[str, nn.Module]]:
         return [(name, getattr(self, name)) for name in self._stage_names]
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(N, C, H, W), normalised -> feature name -> (N, channels, ceil(H / stride), ceil(W / stride))."""
-        if self.training:
-            self.require_arrival()
-        outputs = {}
-        for name in self._stage_names:
-            x = self.run_stage(getattr(self, name), x)
-            if name in self._out_features:
-                outputs[name] = x
-        return outputs

@@ -102,11 +102,6 @@ def make_trunk(
     return trunk
 
 
-def own_norm(family: Family, variant: str) -> str:
-    """ "LN" or "none" for a variant whose norms cannot be chosen, otherwise ""."""
-    return getattr(family.variants[variant], "own_norm", "")
-
-
 def is_classifier(cfg: CfgNode) -> bool:
     """Whether the config trains a classifier rather than a detector."""
     return cfg.MODEL.META_ARCHITECTURE == CLASSIFIER
@@ -116,9 +111,10 @@ def resolve_norm(cfg: CfgNode) -> str:
     """The kind of norm that MODEL.BACKBONE.NORM stands for here; says in the log when that is another word."""
     asked = cfg.MODEL.BACKBONE.NORM
     variant = cfg.MODEL.BACKBONE.VARIANT
-    fixed = own_norm(family_of(variant), variant)
+    fixed = family_of(variant).own_norm(variant)
     if fixed:
-        if asked not in ("auto", fixed):
+        # BN stands in the base of every classifier's config; it means the BatchNorm of networks that have one.
+        if asked not in ("auto", "BN", fixed):
             what = f"the norms of {variant} are not to be chosen ({fixed})"
             raise Problem(what, asked, f"auto, {fixed}", "MODEL.BACKBONE.NORM").error()
         return fixed
@@ -137,7 +133,7 @@ def resolve_norm(cfg: CfgNode) -> str:
 
 
 # Option of a family that shapes its tensors -> key; a value that is empty or 0 leaves the row's own.
-OPTIONS = {"rows": "ROWS", "pretrain_size": "PRETRAIN_SIZE"}
+OPTIONS = {"rows": "ROWS", "pretrain_size": "PRETRAIN_SIZE", "window_size": "WINDOW_SIZE", "rel_pos": "REL_POS"}
 
 
 def _options(cfg: CfgNode, family: Family) -> dict[str, Any]:

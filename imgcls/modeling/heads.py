@@ -19,6 +19,8 @@ HEAD_REGISTRY.__doc__ = "Heads of ClsNet: ``head(in_channels, num_classes, dropo
 
 # MODEL.HEAD.NAME for the head of the variant's own paper.
 FAMILY_HEAD = "auto"
+# ... and for that head slid over a map of any size, in families whose head has hidden layers.
+DENSE_HEAD = "dense"
 
 
 def make_head(
@@ -35,12 +37,15 @@ def make_head(
 
     A head that has auxiliary heads for maps besides the last keeps them in a ModuleDict ``auxiliary`` by map.
     """
-    if name == FAMILY_HEAD and family is not None and family.head is not None:
-        made: nn.Module = family.head(row, shapes, num_classes, dropout=dropout, norm=norm)
+    own = {FAMILY_HEAD: family.head, **family.other_heads} if family is not None else {}
+    build = own.get(name)
+    if build is not None:
+        made: nn.Module = build(row, shapes, num_classes, dropout=dropout, norm=norm)
         return made
     if name != FAMILY_HEAD and name not in HEAD_REGISTRY:
-        allowed = ", ".join((FAMILY_HEAD, *(known for known, _ in HEAD_REGISTRY)))
-        raise Problem("there is no such head", name, allowed, "MODEL.HEAD.NAME").error()
+        allowed = ", ".join(dict.fromkeys((FAMILY_HEAD, *own, *(known for known, _ in HEAD_REGISTRY))))
+        what = f"{family.name if family else 'this backbone'} has no such head"
+        raise Problem(what, name, allowed, "MODEL.HEAD.NAME").error()
     head = LinearHead if name == FAMILY_HEAD else HEAD_REGISTRY.get(name)
     return head(last_channels(shapes), num_classes, dropout or 0.0)
 
@@ -75,6 +80,18 @@ class LinearHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W) -> logits (N, num_classes)."""
         return self.fc(self.dropout(pooled(features)))
+
+
+class AuxiliaryHeads(LinearHead):
+    """The linear head, and ``auxiliary``: heads for earlier maps, by map, that training reads (GoogLeNet, Inception).
+
+    Without such maps there is no ``auxiliary``.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, dropout: float, auxiliary: Mapping[str, nn.Module]) -> None:
+        super().__init__(in_channels, num_classes, dropout)
+        if auxiliary:
+            self.auxiliary = nn.ModuleDict(auxiliary)
 
 
 class WideningHead(nn.Module):
@@ -114,8 +131,8 @@ class WideningHead(nn.Module):
 class HiddenLayersHead(nn.Module):
     """Two hidden layers over a grid of pixels and the classifier: the end of AlexNet and VGG.
 
-    dense: the same weights as convolutions over a map of any size, and the mean of the logits at all places (Simonyan
-        and Zisserman 2014, section 3.2). Weights of either form load into the other.
+    dense: slid over a map of any size as convolutions, and the mean of the logits at all places (Simonyan and Zisserman
+        2014, section 3.2). The tensors are those of the plain form, so either takes the other's weights.
     """
 
     def __init__(
@@ -132,38 +149,30 @@ class HiddenLayersHead(nn.Module):
         super().__init__()
         self.grid, self.dense, self.dropout_first = grid, dense, dropout_first
         self.dropout = nn.Dropout(dropout)
-        if dense:
-            self.fc1: nn.Module = nn.Conv2d(in_channels, width, grid)
-            self.fc2: nn.Module = nn.Conv2d(width, width, 1)
-            self.fc: nn.Conv2d | nn.Linear = nn.Conv2d(width, num_classes, 1)
-        else:
-            self.fc1 = nn.Linear(in_channels * grid * grid, width)
-            self.fc2 = nn.Linear(width, width)
-            self.fc = nn.Linear(width, num_classes)
+        self.fc1 = nn.Linear(in_channels * grid * grid, width)
+        self.fc2 = nn.Linear(width, width)
+        self.fc = nn.Linear(width, num_classes)
         fill_classifier(self.fc)
-        self.register_load_state_dict_pre_hook(_reshape_to_fit)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, H, W) -> logits (N, num_classes)."""
-        x = features if self.dense else F.adaptive_avg_pool2d(features, self.grid).flatten(1)
-        if self.dense and min(x.shape[2:]) < self.grid:
+        x = features if self.dense else F.adaptive_avg_pool2d(features, self.grid)
+        # Dropout stands before each hidden layer (as in torchvision's AlexNet) or behind it (as in the papers).
+        x = self.dropout(x) if self.dropout_first else x
+        x = F.relu(self._fc1_at_every_place(x) if self.dense else self.fc1(x.flatten(1)))
+        x = F.relu(self.fc2(self.dropout(x)))
+        x = self.fc(x if self.dropout_first else self.dropout(x))
+        return x.mean(dim=(1, 2)) if self.dense else x
+
+    def _fc1_at_every_place(self, features: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, H - grid + 1, W - grid + 1, width)."""
+        if min(features.shape[2:]) < self.grid:
             raise ValueError(
-                f"the dense head needs a map of at least {self.grid}x{self.grid}; got {tuple(x.shape[2:])}; "
+                f"the dense head needs a map of at least {self.grid}x{self.grid}; got {tuple(features.shape[2:])}; "
                 "give larger images, or MODEL.HEAD.NAME auto"
             )
-        # Dropout stands before each hidden layer (AlexNet) or behind it (VGG).
-        for layer in (self.fc1, self.fc2):
-            x = F.relu(layer(self.dropout(x) if self.dropout_first else x))
-            x = x if self.dropout_first else self.dropout(x)
-        x = self.fc(x)
-        return pooled(x) if self.dense else x
-
-
-def _reshape_to_fit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    for name, own in module.state_dict().items():
-        given = state_dict.get(prefix + name)
-        if given is not None and given.shape != own.shape and given.numel() == own.numel():
-            state_dict[prefix + name] = given.reshape(own.shape)
+        kernels = self.fc1.weight.unflatten(1, (-1, self.grid, self.grid))
+        return F.conv2d(features, kernels, self.fc1.bias).permute(0, 2, 3, 1)
 
 
 class PointwiseHead(nn.Module):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from imgcls.checkpoint import read_checkpoint, trunk_weights, write_tensors
-from imgcls.modeling import Architecture, Trunk, family_of
+from imgcls.modeling import Architecture, Trunk, family_of, input_convolution
 from imgcls.structures import PreprocessingContract
 from imgcls.transfer.handover import Handover, is_classifier_checkpoint
 from imgcls.transfer.probe import bare_trunk, measure
@@ -47,11 +45,9 @@ def make_handover(weights: str | Path, *, fold: bool = False) -> Handover:
         )
     architecture = Architecture(**content["architecture"])
     contract = PreprocessingContract.from_dict(content["contract"])
-    unwanted = family_of(architecture.variant).classifier_only
+    family = family_of(architecture.variant)
     tensors = {
-        name: tensor
-        for name, tensor in trunk_weights(content["model"]).items()
-        if not any(fnmatch(name, pattern) for pattern in unwanted)
+        name: tensor for name, tensor in trunk_weights(content["model"]).items() if not family.is_classifier_only(name)
     }
     trunk = bare_trunk(architecture, tensors, len(contract.pixel_mean))
     if fold:
@@ -71,7 +67,9 @@ def make_handover(weights: str | Path, *, fold: bool = False) -> Handover:
 @torch.no_grad()
 def fold_normalization(trunk: Trunk, contract: PreprocessingContract) -> PreprocessingContract:
     """Change the first convolution so that it takes BGR - mean with std 1; returns the contract of that input."""
-    conv = _first_convolution(trunk)
+    _, conv = input_convolution(trunk)
+    if conv.groups != 1:
+        raise ValueError(f"{trunk.architecture.variant} does not begin with a plain convolution; nothing can be folded")
     std = torch.tensor(contract.pixel_std, dtype=torch.float64).view(1, -1, 1, 1)
     conv.weight.copy_((conv.weight.double() / std).flip(1))
     return replace(
@@ -80,13 +78,3 @@ def fold_normalization(trunk: Trunk, contract: PreprocessingContract) -> Preproc
         pixel_mean=contract.pixel_mean[::-1],
         pixel_std=(1.0,) * len(contract.pixel_std),
     )
-
-
-def _first_convolution(trunk: Trunk) -> nn.Conv2d:
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            weight: Tensor = module.weight
-            if module.groups == 1 and weight.dim() == 4:
-                return module
-            break
-    raise ValueError(f"{trunk.architecture.variant} does not begin with a plain convolution; nothing can be folded")

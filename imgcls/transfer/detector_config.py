@@ -1,39 +1,120 @@
-"""The fragment of a detector's YAML that goes with a hand-over file."""
+"""The keys that a detectron2 detector needs for a hand-over file: as a fragment of YAML, or as a whole config."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from imgcls.config import get_config
+from imgcls.modeling import Architecture, family_of
+from imgcls.modeling.build import OPTIONS
+from imgcls.structures import PreprocessingContract, Problem
 from imgcls.transfer.handover import Handover
 
-_TEMPLATE = """\
+# Detector -> detectron2's stock YAML that ours resolves to, and the packaged one with the same values.
+DETECTORS = {
+    "retinanet": ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "detection/resnet50_retinanet_fpn.yaml"),
+    "faster_rcnn": ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "detection/resnet50_faster_rcnn_fpn.yaml"),
+    "mask_rcnn": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "detection/resnet50_mask_rcnn_fpn.yaml"),
+}
+
+_FRAGMENT = """\
 # The keys that a detectron2 detector needs for {weights}; put them over any of detectron2's FPN configs.
-# NAME: build_imgcls_retinanet_fpn_backbone for RetinaNet, build_imgcls_fpn_backbone for Faster and Mask R-CNN.
-VERSION: 2
-MODEL:
-  WEIGHTS: "{weights}"
-  BACKBONE:
-    NAME: build_imgcls_retinanet_fpn_backbone
-    VARIANT: {variant}
-    STEM: {stem}
-{norm}  PIXEL_MEAN: {mean}
-  PIXEL_STD: {std}
-INPUT:
-  FORMAT: {format}
+# NAME: {retinanet} for RetinaNet, {others} for Faster and Mask R-CNN.
 """
+_WHOLE = """\
+# {detector} over {variant}: detectron2's {stock} but for the backbone, weights and input keys.
+# Self-contained; a script that reads it with detectron2's get_cfg() calls imgcls.add_imgcls_config(cfg) first.
+"""
+
+
+def detector_keys(
+    architecture: Architecture, contract: PreprocessingContract, detector: str, weights: str
+) -> dict[str, Any]:
+    """Dotted key -> value of all that a stock config of ``detector`` must change for this trunk."""
+    family = family_of(architecture.variant)
+    pyramid, retinanet = family.pyramids
+    keys: dict[str, Any] = {
+        "MODEL.WEIGHTS": weights,
+        "MODEL.BACKBONE.NAME": retinanet if detector == "retinanet" else pyramid,
+        "MODEL.BACKBONE.VARIANT": architecture.variant,
+        "MODEL.BACKBONE.STEM": architecture.stem,
+        "MODEL.PIXEL_MEAN": list(contract.pixel_mean),
+        "MODEL.PIXEL_STD": list(contract.pixel_std),
+        "INPUT.FORMAT": contract.input_format,
+    }
+    if architecture.norm == "GN":
+        # BatchNorm travels into whatever a detector uses (frozen by default); GroupNorm stays GroupNorm.
+        keys["MODEL.BACKBONE.NORM"] = "GN"
+    if detector != "retinanet" and getattr(family.variants[architecture.variant], "finest_level", 2) == 3:
+        # No map of stride 4 can be made of this trunk's: levels and anchors begin at p3.
+        keys["MODEL.RPN.IN_FEATURES"] = ["p3", "p4", "p5", "p6"]
+        keys["MODEL.ROI_HEADS.IN_FEATURES"] = ["p3", "p4", "p5"]
+        keys["MODEL.ANCHOR_GENERATOR.SIZES"] = [[64], [128], [256], [512]]
+    for option, value in architecture.options.items():
+        keys[f"MODEL.BACKBONE.{OPTIONS[option]}"] = value
+    return keys
 
 
 def detector_fragment(handover: Handover, weights: str | Path) -> str:
     """YAML text with the backbone, weights and input keys of ``handover``."""
-    architecture, contract = handover.architecture, handover.contract
-    # BatchNorm travels into whatever a detector uses (frozen by default); GroupNorm stays GroupNorm.
-    norm = f"    NORM: {architecture.norm}\n" if architecture.norm == "GN" else ""
-    return _TEMPLATE.format(
-        weights=weights,
-        variant=architecture.variant,
-        stem=architecture.stem,
-        norm=norm,
-        mean=list(contract.pixel_mean),
-        std=list(contract.pixel_std),
-        format=contract.input_format,
-    )
+    keys = detector_keys(handover.architecture, handover.contract, "retinanet", str(weights))
+    others, retinanet = family_of(handover.architecture.variant).pyramids
+    head = _FRAGMENT.format(weights=weights, retinanet=retinanet, others=others)
+    return head + _as_yaml(_nested({"VERSION": 2, **keys}))
+
+
+def detector_yaml(detector: str, architecture: Architecture, contract: PreprocessingContract, weights: str = "") -> str:
+    """A whole YAML of ``detector`` over this trunk, independent of any other file.
+
+    Without weights the trunk starts at random and nothing is frozen.
+    """
+    if detector not in DETECTORS:
+        raise Problem("there is no such detector", detector, ", ".join(DETECTORS), "--detector").error()
+    stock, packaged = DETECTORS[detector]
+    keys = detector_keys(architecture, contract, detector, weights)
+    if not weights:
+        keys["MODEL.BACKBONE.FREEZE_AT"] = 0
+    cfg = get_config(packaged, [word for pair in keys.items() for word in pair])
+    changed = _changed(cfg, get_cfg())
+    changed["VERSION"] = 2
+    head = _WHOLE.format(detector=detector, variant=architecture.variant, stock=stock)
+    return head + _as_yaml(changed)
+
+
+def _changed(cfg: CfgNode, default: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``cfg`` is not detectron2's default, nested as it stands there."""
+    changed: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            inner = _changed(value, default.get(key, {}))
+            if inner:
+                changed[key] = inner
+        elif key not in default or default[key] != value:
+            changed[key] = value
+    return changed
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        node = tree
+        *groups, leaf = dotted.split(".")
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return tree
+
+
+def _as_yaml(tree: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(_plain(tree), sort_keys=True, default_flow_style=None, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

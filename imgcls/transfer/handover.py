@@ -7,7 +7,7 @@ Stock detectron2 matches the unprefixed keys into ``backbone.bottom_up.*`` as we
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Handover:
     folded: whether std and channel order were folded into the first convolution.
     probe: seed and size of the probe image, and what the trunk makes of it (see ``transfer/probe.py``).
     metrics, classes: of the classifier, for the record.
+    classifier: tensors that only the classifier has (its head), under ClsNet's names. detectron2 does not see them; a
+        classifier that starts from the file takes them. Empty in what is converted from a training run.
     intact: whether the content is what its digest was made of.
     """
 
@@ -38,6 +40,7 @@ class Handover:
     probe: Mapping[str, Any]
     metrics: Mapping[str, Any]
     classes: tuple[str, ...]
+    classifier: Mapping[str, Tensor] = field(default_factory=dict)
     intact: bool = True
 
     def to_content(self) -> dict[str, Any]:
@@ -53,6 +56,7 @@ class Handover:
                 "probe": dict(self.probe),
                 "metrics": dict(self.metrics),
                 "classes": list(self.classes),
+                "classifier": dict(self.classifier),
             },
         }
 
@@ -83,6 +87,7 @@ def read_handover(path: str | Path, *, mmap: bool = False) -> Handover:
         probe=notes["probe"],
         metrics=notes["metrics"],
         classes=tuple(notes["classes"]),
+        classifier=notes.get("classifier", {}),
         intact=intact,
     )
 

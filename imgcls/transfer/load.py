@@ -8,10 +8,13 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from torch import nn
 
-from imgcls.checkpoint import load_weights, read_checkpoint
-from imgcls.modeling import BUILD_GUARDS, Trunk
+from imgcls.checkpoint import load_weights, local_path, read_checkpoint
+from imgcls.modeling import BUILD_GUARDS, Trunk, same_network
 from imgcls.structures import LoadReport
 from imgcls.transfer.handover import Handover, is_classifier_checkpoint, read_handover
+
+# Names that transfer/path_handlers.py makes files of.
+OF_LIBRARIES = ("torchvision://", "timm://")
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -51,7 +54,7 @@ def contradictions(handover: Handover, cfg: CfgNode, body: nn.Module) -> list[st
         return problems
     ours, theirs = body.architecture, handover.architecture
     for key, mine, other in (("VARIANT", ours.variant, theirs.variant), ("STEM", ours.stem, theirs.stem)):
-        if mine != other:
+        if mine != other and not (key == "VARIANT" and same_network(mine, other)):
             problems.append(
                 f"MODEL.BACKBONE.{key} is {mine!r} in the config, the weights are of {other!r} "
                 f"(set MODEL.BACKBONE.{key} to the latter)"
@@ -68,6 +71,8 @@ def guard_weights(cfg: CfgNode, trunk: Trunk) -> None:
     model zoo's) carry no contract and pass; that their tensors arrive is checked by the first training forward.
     """
     path = cfg.MODEL.WEIGHTS.split("?")[0]
+    if path.startswith(OF_LIBRARIES):
+        path = str(local_path(path))
     if not os.path.isfile(path) or Path(path).suffix not in (".pth", ".pt"):
         return
     content = read_checkpoint(path, mmap=True, check_digest=False)

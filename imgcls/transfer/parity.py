@@ -16,6 +16,8 @@ from imgcls.transfer.references import build_reference
 # Largest difference of the logits, relative to the largest logit.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 
+LEAST_SPREAD = 1e-4
+
 NEUTRAL = PreprocessingContract("RGB", (0.0,) * 3, (1.0,) * 3, 224, 256, "bilinear")
 
 
@@ -25,36 +27,42 @@ class Parity:
 
     differences: "float64 97x97" -> largest difference of the logits relative to the largest.
     parameters: of ours and of theirs.
+    spread: smallest difference of the reference's logits between two images, relative to the largest: were they alike,
+        agreeing with them would mean nothing.
     """
 
     reference: str
     differences: Mapping[str, float]
     parameters: tuple[int, int]
+    spread: float = 1.0
 
     @property
     def equal(self) -> bool:
         """Whether every difference is within :data:`LIMITS` and the parameters are as many."""
         limits = {str(dtype).removeprefix("torch."): limit for dtype, limit in LIMITS.items()}
         within = all(value <= limits[case.split()[0]] for case, value in self.differences.items())
-        return within and self.parameters[0] == self.parameters[1] and bool(self.differences)
+        telling = bool(self.differences) and self.spread > LEAST_SPREAD
+        return within and telling and self.parameters[0] == self.parameters[1]
 
 
 def measure_parity(variant: str, library: str, *, seed: int = 0) -> Parity:
     """Compare ``variant`` with its reference in ``library``, in fp32 and fp64, at every size of the source."""
-    source = family_of(variant).sources[library]
+    family = family_of(variant)
+    source, row = family.sources[library], family.variants[variant]
     torch.manual_seed(seed)
-    reference = build_reference(library, source.names[variant], source.options)
+    reference = build_reference(library, source.names[variant], source.options_for(row))
     randomise(reference, seed)
     ours = import_into(variant, source, reference.state_dict(), classes=_classes(reference, source))
-    differences = {}
+    differences, spreads = {}, []
     for dtype in (torch.float32, torch.float64):
         reference, ours = reference.to(dtype), ours.to(dtype)
         for size in source.sizes:
             x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed + size)).to(dtype)
             name = f"{str(dtype).removeprefix('torch.')} {size}x{size}"
             differences[name] = logits_difference(ours, reference, x)
+            spreads.append(_spread(reference, x))
     counts = tuple(sum(p.numel() for p in network.parameters()) for network in (ours, reference))
-    return Parity(f"{library} {source.names[variant]}", differences, (counts[0], counts[1]))
+    return Parity(f"{library} {source.names[variant]}", differences, (counts[0], counts[1]), min(spreads))
 
 
 def import_into(variant: str, source: Source, tensors: Mapping[str, Tensor], *, classes: int) -> ClsNet:
@@ -62,7 +70,7 @@ def import_into(variant: str, source: Source, tensors: Mapping[str, Tensor], *, 
     family = family_of(variant)
     mapped = to_our_keys(apply_key_rules(tensors, source.rules_for(family.variants[variant])))
     auxiliary = any(name.startswith("head.auxiliary.") for name in mapped)
-    norm = getattr(family.variants[variant], "own_norm", "") or "BN"
+    norm = family.own_norm(variant) or "BN"
     net = make_classifier(Architecture(variant, norm=norm), classes, NEUTRAL, auxiliary=auxiliary)
     report = load_weights(net, mapped)
     report.require_complete("the checkpoint", f"Check the variant; {variant} takes {source.names[variant]}")
@@ -82,14 +90,24 @@ def logits_difference(ours: ClsNet, reference: nn.Module, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def randomise(network: nn.Module, seed: int) -> None:
-    """Give norms weights, biases and statistics as different from their initial ones as after training.
+def _spread(reference: nn.Module, x: Tensor) -> float:
+    logits = reference(x)
+    return float((logits[0] - logits[1]).abs().max() / logits.abs().max())
 
-    Initial ones hide mistakes: a norm of weight 1, bias 0, mean 0 and variance 1 might as well not be there. Biases and
-    layer scales that start near zero hide what stands before them.
+
+@torch.no_grad()
+def randomise(network: nn.Module, seed: int) -> None:
+    """Give every layer weights and statistics as unlike their initial ones as after training.
+
+    Initial ones hide mistakes: a norm of weight 1, bias 0, mean 0 and variance 1 might as well not be there; biases and
+    layer scales near zero hide what stands before them; and several libraries start depthwise kernels so small that the
+    logits hardly depend on the image. Kernels are drawn so that layers keep their input's scale (He et al. 2015).
     """
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            gain = 2.0 if isinstance(module, nn.Conv2d) else 1.0
+            module.weight.normal_(0, (gain / module.weight[0].numel()) ** 0.5, generator=generator)
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name == "running_mean" or (name == "bias" and tensor.dim() == 1):
                 tensor.normal_(0, 0.1, generator=generator)
@@ -97,6 +115,9 @@ def randomise(network: nn.Module, seed: int) -> None:
                 tensor.uniform_(0.5, 1.5, generator=generator)
             elif name in ("layer_scale", "gamma"):
                 tensor.uniform_(0.5, 1.0, generator=generator)
+            elif tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) < 1e-4:
+                # Class tokens, biases of attention and the like that begin at zero.
+                tensor.normal_(0, 0.1, generator=generator)
 
 
 def _classes(reference: nn.Module, source: Source) -> int:

@@ -60,7 +60,8 @@ def features(
         normalised = normalised.flip(0)
     body = body if dtype == torch.float32 else copy.deepcopy(body).to(dtype)
     was_training = body.training
-    maps = body.eval()(normalised[None])
+    # forward, not a call: under a pyramid a call returns maps that were made to fit (modeling/fitting.py).
+    maps = body.eval().forward(normalised[None])
     body.train(was_training)
     return {name: value[0] for name, value in maps.items()}
 

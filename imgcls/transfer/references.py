@@ -26,11 +26,37 @@ def _efficientnet_lite_pytorch(name: str, options: Mapping[str, Any]) -> nn.Modu
     return library.EfficientNet.from_name(name, **options)
 
 
+def _mae(name: str, options: Mapping[str, Any]) -> nn.Module:
+    # MAE is published as code, not as a package; its ViT for fine-tuning is timm's class with this pooling.
+    return _timm(f"{name}_224", {"global_pool": "avg", **options})
+
+
+def _huggingface(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """From a configuration, never from the network: ``options`` are its values, ``model_type`` among them."""
+    library = require("transformers")
+    values = {"num_labels": 1000, **options}
+    config = library.AutoConfig.for_model(values.pop("model_type"), **values)
+    network: nn.Module = library.AutoModelForImageClassification.from_config(config)
+    network.register_forward_hook(lambda _module, _inputs, output: output.logits)
+    network.register_load_state_dict_pre_hook(_take_files_names)
+    return network
+
+
+def _take_files_names(network: Any, tensors: dict[str, Any], *_: object) -> None:
+    # Files keep names that transformers 5 has given up in its modules; its own loading translates.
+    if tensors.keys() != network.state_dict().keys():
+        translated = type(network).from_pretrained(None, config=network.config, state_dict=dict(tensors))
+        tensors.clear()
+        tensors.update(translated.state_dict())
+
+
 # Library -> builds its network ``name`` with random weights.
 BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "efficientnet_lite_pytorch": _efficientnet_lite_pytorch,
+    "mae": _mae,
+    "huggingface": _huggingface,
 }
 
 # Import name -> what to install.

@@ -194,6 +194,9 @@ def _compare_features(
             if handover.folded:
                 # Folding rounds the first convolution to float32 once more: float64 sees that rounding.
                 limit = LIMITS[torch.float32]
+        if not found:
+            result.problems.append(f"the detector reads none of the maps that the file describes ({', '.join(maps)})")
+            return
         label = str(dtype).removeprefix("torch.")
         result.differences[label] = found
         worst = max(found, key=lambda name: found[name])

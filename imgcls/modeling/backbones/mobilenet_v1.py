@@ -2,7 +2,8 @@
 
 The last block of table 1 is printed with stride 2 and an unchanged 7x7 output; as in the authors' own release its
 stride is 1. Activations are ReLU, as the paper says. BatchNorm's epsilon and momentum are torch's (the paper gives
-none).
+none). timm's mobilenetv1_100 equals width 1.0 when it is built with ReLU, but its weights were trained with ReLU6:
+it is no source of them.
 """
 
 from __future__ import annotations

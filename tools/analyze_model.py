@@ -1,0 +1,6 @@
+"""Print what a network costs and offers."""
+
+from imgcls.commands.analyze import main
+
+if __name__ == "__main__":
+    main()
