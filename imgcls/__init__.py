@@ -15,13 +15,14 @@ __version__ = "0.1.0"
 from imgcls import data, engine, modeling, transfer
 from imgcls.config import add_imgcls_config, get_config, load_config
 from imgcls.engine import ClsTrainer
-from imgcls.modeling import ClsNet
+from imgcls.modeling import ClsNet, build_variant
 from imgcls.transfer import load_backbone
 
 __all__ = [
     "ClsNet",
     "ClsTrainer",
     "add_imgcls_config",
+    "build_variant",
     "data",
     "engine",
     "get_config",

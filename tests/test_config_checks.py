@@ -74,8 +74,8 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "DATALOADER.NUM_WORKERS": ([-1, 1.0], [0, 64]),
     "MODEL.BACKBONE.STEM": (["", "Standard", "tiny"], ["standard", "small"]),
     "MODEL.BACKBONE.NORM": (
-        ["", "bn", "LN", "frozen"],
-        ["auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN"],
+        ["", "bn", "ln", "frozen"],
+        ["auto", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN", "LN", "none"],
     ),
     "MODEL.BACKBONE.FREEZE_AT": ([-1, 2.0, None], [0, 5]),
     "MODEL.PIXEL_MEAN": ([[NAN], [-1.0], 3.0, ["0"]], [[0.0], [103.5, 116.3, 123.7]]),

@@ -55,7 +55,8 @@ def differences(ours: CfgNode, theirs: CfgNode) -> dict[str, Any]:
 
 def test_the_folder_holds_two_bases_six_leaves_and_blood_cells() -> None:
     found = [name for name in list_configs() if name.startswith("detection/")]
-    leaves_here = [*(f"{name}.yaml" for name in NAMES), "bccd_mobilenet_v1_retinanet_fpn.yaml"]
+    cells = [f"bccd_{trunk}_retinanet_fpn.yaml" for trunk in ("mobilenet_v1", "efficientnet_lite0")]
+    leaves_here = [*(f"{name}.yaml" for name in NAMES), *cells]
     assert found == sorted(f"detection/{name}" for name in [*BASES, *leaves_here])
 
 
@@ -83,6 +84,13 @@ def test_a_leaf_differs_in_trunk_weights_and_preprocessing_only(trunk: str, dete
         "NORM": "auto",
         "STEM": "standard",
         "OUT_FEATURES": [],
+        "DROP_PATH": 0.0,
+        "OUTPUT_STRIDE": 32,
+        "CHECKPOINT": False,
+        "ROWS": [],
+        "PRETRAIN_SIZE": 0,
+        "WINDOW_SIZE": 0,
+        "REL_POS": False,
     }
     assert check_keys(cfg) == []
 

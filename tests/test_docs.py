@@ -31,22 +31,24 @@ from torch import nn
 import imgcls
 from imgcls.__main__ import COMMANDS
 from imgcls.checkpoint import write_checkpoint
+from imgcls.commands import analyze, make_detector_config, prepare_digits, prepare_voc, train_detector, verify
 from imgcls.commands import convert as convert_command
-from imgcls.commands import prepare_digits, prepare_voc, train_detector, verify
+from imgcls.commands import import_weights as import_command
 from imgcls.commands import train as train_command
 from imgcls.commands.arguments import parse
 from imgcls.config import find_config, load_config
 from imgcls.data import digit_canvases
 from imgcls.engine import Run, finalize
-from imgcls.modeling import family_of
+from imgcls.modeling import all_variants, families, family_of
 from imgcls.transfer import convert, detector_fragment, read_handover
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "add-a-network", "configuration", "detection", "hand-over", "own-images", "sandbox", "training",
+    "add-a-network", "configuration", "detection", "hand-over", "import-weights", "networks", "own-images", "sandbox",
+    "timm", "training",
 )))  # fmt: skip
 # YAMLs of the reader's own, which no checkout has.
-READERS_OWN = {"my_detector.yaml"}
+READERS_OWN = {"my_detector.yaml", "lite0_retinanet.yaml", "lite0.classifier.yaml"}
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 
@@ -132,15 +134,30 @@ def only_parsing(main: Callable[[Sequence[str]], Any]) -> Parse:
     return parse_words
 
 
+def only_parsing_no_words(main: Callable[[], Any]) -> Parse:
+    """The same for a main() that takes its words from sys.argv."""
+
+    def with_argv(words: Sequence[str]) -> Any:
+        with mock.patch.object(sys, "argv", ["a script", *words]):
+            return main()
+
+    return only_parsing(with_argv)
+
+
 PARSE: dict[str, Callable[[], Parse]] = {
     "tools/train_net.py": lambda: overriding(train_command.parser()),
     "tools/train_net_builtin.py": lambda: overriding(train_command.parser(builtin=True)),
     "tools/convert_to_detection.py": lambda: convert_command.parser().parse_args,
     "tools/verify_transfer.py": lambda: overriding(verify.parser()),
     "tools/train_detector.py": lambda: overriding(train_detector.parser()),
+    "tools/import_weights.py": lambda: import_command.parser().parse_args,
+    "tools/make_detector_config.py": lambda: make_detector_config.parser().parse_args,
+    "tools/analyze_model.py": lambda: analyze.parser().parse_args,
     "scripts/prepare_voc.py": lambda: only_parsing(prepare_voc.main),
     "scripts/prepare_digit_detection.py": lambda: only_parsing(prepare_digits.main),
     "scripts/demo.py": lambda: only_parsing(load_script("scripts/demo.py").main),
+    "scripts/parity_campaign.py": lambda: only_parsing_no_words(load_script("scripts/parity_campaign.py").main),
+    "scripts/timm_campaign.py": lambda: only_parsing_no_words(load_script("scripts/timm_campaign.py").main),
     "docs/render_tables.py": lambda: only_parsing(load_script("docs/render_tables.py").main),
 }
 PACKAGED = {
@@ -149,6 +166,9 @@ PACKAGED = {
     "convert": "tools/convert_to_detection.py",
     "verify": "tools/verify_transfer.py",
     "train-detector": "tools/train_detector.py",
+    "import-weights": "tools/import_weights.py",
+    "make-detector-config": "tools/make_detector_config.py",
+    "analyze": "tools/analyze_model.py",
     "prepare-voc": "scripts/prepare_voc.py",
     "prepare-digits": "scripts/prepare_digit_detection.py",
 }
@@ -204,8 +224,9 @@ def parsing_complaint(program: str, words: Sequence[str]) -> str:
 def check_config(args: argparse.Namespace) -> None:
     """The files, keys and names that a parsed command line gives."""
     config = getattr(args, "config_file", "")
-    if getattr(args, "variant", ""):
-        family_of(args.variant)
+    variants = getattr(args, "variant", "") or []
+    for variant in [variants] if isinstance(variants, str) else variants:
+        family_of(variant)
     load_config(find_config(config) if config and config not in READERS_OWN else [], getattr(args, "opts", []))
 
 
@@ -216,9 +237,9 @@ def test_every_command_parses(page: str) -> None:
     assert [(line, told) for line in found if (told := complaint(line))] == []
 
 
-def test_the_two_commands_and_the_seven_of_the_readme_are_there() -> None:
+def test_the_commands_of_the_readme_are_there() -> None:
     found = "\n".join(commands(text_of("README.md")))
-    for program in (*list(PARSE)[:5], "scripts/demo.sh", "scripts/test.sh", "scripts/train_net.sh"):
+    for program in (*list(PARSE)[:7], "scripts/demo.sh", "scripts/test.sh", "scripts/train_net.sh"):
         assert program in found, program
 
 
@@ -326,7 +347,7 @@ def test_rendered_tables_are_current(page: str, tables: ModuleType) -> None:
 
 def test_every_table_has_its_place(tables: ModuleType) -> None:
     places = re.findall(r"<!-- rendered: (\w+) -->", "".join(map(text_of, PAGES)))
-    assert sorted(places) == sorted(tables.TABLES) == ["demo", "keys", "sets", "transforms", "variants"]
+    assert sorted(places) == sorted(tables.TABLES) == ["demo", "families", "keys", "networks", "sets", "transforms"]
 
 
 def flat(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -370,6 +391,34 @@ def test_twin_a_stale_table_is_seen(tables: ModuleType) -> None:
     text = text_of("docs/training.md")
     stale = text.replace("pixels, side of the centre crop", "pixels, side of the crop")
     assert stale != text and tables.rendered(stale) == text
+
+
+def test_the_networks_are_as_many_as_the_readme_says() -> None:
+    others, text = len(families()) - 1, text_of("README.md")
+    assert f"{len(all_variants())} networks in {others} families and one that is built from YAML rows" in text
+
+
+def test_a_line_of_the_networks_table_is_the_record(tables: ModuleType) -> None:
+    cost = {"parameters": 4_650_000, "multiply_adds": 385_400_000, "activations": 6_740_000, "size": 224}
+    cost["maps"] = {"stem": [4, 16], "res2": [4, 24], "res3": [8, 40]}
+    parity = {
+        "torchvision": {"differences": {"float32 64x64": 2.2e-7, "float32 97x97": 4.4e-7, "float64 64x64": 0.0}},
+        "timm": {"differences": {"float32 64x64": 3.1e-7, "float64 64x64": 1.2e-15}},
+    }
+    detectors = {"retinanet": {"problems": []}, "faster_rcnn": {"problems": ["broken"]}}
+    found = {"family": "x", "cost": cost, "parity": parity, "detectors": detectors}
+    assert tables.network_row("x_1", found) == (
+        *("`x_1`", "x", "4.65 M", "0.385 G", "6.74 M", "224"),
+        *("torchvision, timm", "4e-07", "1e-15", "4 8", "R"),
+    )
+    nothing = tables.network_row("x_1", {**found, "parity": {}})
+    assert nothing[6:9] == ("-", "-", "-")
+
+
+def test_the_networks_table_has_a_line_for_each_recorded_network(tables: ModuleType) -> None:
+    recorded = json.loads(tables.PARITY.read_text(encoding="utf-8"))["variants"]
+    lines = tables.networks_table().splitlines()
+    assert [line.split("`")[1] for line in lines if line.startswith("| `")] == list(recorded)
 
 
 def test_recorded_demos_are_of_todays_recipe(tables: ModuleType) -> None:
@@ -660,6 +709,41 @@ def test_twin_another_output_is_seen() -> None:
     assert masked(shown) == masked(shown.replace("9", "8", 0))
     assert masked(shown) != masked(shown.replace("134 of 135", "133 of 135"))
     assert masked(shown) != masked(shown.replace("running_var", "running_mean"))
+
+
+def shown_as(page: str, mark: str) -> str:
+    (body,) = [block.body for block in blocks(text_of(page)) if block.mark == mark]
+    return body
+
+
+def test_the_costs_shown_are_those_that_analyze_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = [line for line in commands(text_of("docs/networks.md")) if "analyze_model" in line]
+    analyze.main(shlex.split(line)[2:])
+    assert capsys.readouterr().out.split() == shown_as("docs/networks.md", "output of: analyze").split()
+
+
+def test_the_detectors_yaml_has_the_lines_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = next(line for line in commands(text_of("docs/networks.md")) if "--detector retinanet --variant" in line)
+    make_detector_config.main(shlex.split(line)[2:])
+    assert capsys.readouterr().out == shown_as("docs/networks.md", "output of: make-detector-config")
+    shown = yaml.safe_load(shown_as("docs/networks.md", "part of: lite0_retinanet.yaml"))
+    written = yaml.safe_load(Path("lite0_retinanet.yaml").read_text())
+    assert common(shown, written) == shown
+    shown["MODEL"]["BACKBONE"]["FREEZE_AT"] = 2
+    assert common(shown, written) != shown
+    # With detectron2's stock YAML as base the lines shown make the same detector.
+    cfg, stock = load_config("lite0_retinanet.yaml"), load_config(find_config("detection/Base-RetinaNet.yaml"))
+    assert cfg.MODEL.ANCHOR_GENERATOR == stock.MODEL.ANCHOR_GENERATOR and cfg.SOLVER == stock.SOLVER
+
+
+def common(one: Any, other: Any) -> Any:
+    """What of a tree of keys stands in another with the same value."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {key: common(value, other[key]) for key, value in one.items() if key in other}
+    return one if one == other else None
 
 
 # -- messages --------------------------------------------------------------------------------------------------------

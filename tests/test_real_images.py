@@ -56,3 +56,25 @@ def test_every_imagenet_photograph_is_read_as_pillow_reads_it(tmp_path):
         with Image.open(path) as image:
             expected = ImageOps.exif_transpose(image).convert("RGB")
         assert read_image(path).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "top1", "top5"),
+    [
+        # The authors' own, and ImageNet's mean and std as the weights' package shows in its README.
+        ((), 90.0, 98.5),
+        (("--mean", 123.675, 116.28, 103.53, "--std", 58.395, 57.12, 57.375), 81.5, 95.5),
+    ],
+)
+def test_real_weights_on_real_photographs(tool, tmp_path, normalisation, top1, top5):
+    photographs = extract("imagenet-200.tar", tmp_path) / "imagenet-200"
+    weights = tmp_path / "lite0.pth"
+    words = ("--from", "efficientnet_lite_pytorch", "--variant", "efficientnet_lite0", "--output", weights)
+    assert tool("tools/import_weights.py", *words, *normalisation).returncode == 0
+    done = tool(
+        "tools/train_net.py",
+        *("--eval-only", "--config-file", weights.with_suffix(".classifier.yaml")),
+        *("DATASETS.TEST", f"('folder:{photographs}',)", "DATALOADER.NUM_WORKERS", 0),
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"classification/top1 {top1:.4f}" in done.stdout and f"classification/top5 {top5:.4f}" in done.stdout

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from imgcls.commands.arguments import Parser, one_line_errors
 from imgcls.transfer import detector_fragment
+from imgcls.transfer.classifier_config import classifier_yaml
 from imgcls.transfer.import_weights import Imported, import_weights, write_import
+
+NONE_LEFT = "none left over on either side"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,20 +58,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line)
     print(f"{output}: give it to MODEL.WEIGHTS, of a classifier as of a detector")
     print(f"{fragment}: the keys that a detector's YAML needs")
+    if imported.handover.classifier:
+        config = output.with_suffix(".classifier.yaml")
+        config.write_text(classifier_yaml(imported.handover, output, config))
+        print(f"{config}: the classifier's config, to evaluate it or to train on")
 
 
 def report_lines(imported: Imported) -> list[str]:
     """What was mapped, what the images must be like, and how far the logits are from the library's own."""
     handover, report = imported.handover, imported.report
     contract = handover.contract
+    left = f"{len(imported.left)} of the file stand behind the last map and have no place: {_few(imported.left)}"
     lines = [
-        f"{imported.origin}: {len(report.loaded)} tensors mapped, none left over on either side"
+        f"{imported.origin}: {len(report.loaded)} tensors mapped, {left if imported.left else NONE_LEFT}"
         + (f"; trunk only: {len(report.new)} tensors of the head stay random" if report.new else ""),
         f"input: {contract.input_format}, mean {list(contract.pixel_mean)}, std {list(contract.pixel_std)}, "
         f"short side {contract.resize} {contract.interpolation}, centre {contract.size}",
     ]
     if imported.difference is None:
-        lines.append(f"logits: not compared ({imported.why_not})")
+        lines.append(f"{imported.compared}: not compared ({imported.why_not})")
     else:
-        lines.append(f"logits: largest difference to the library's own network {imported.difference:.1e} (relative)")
+        difference = f"largest difference to the library's own network {imported.difference:.1e} (relative)"
+        lines.append(f"{imported.compared}: {difference}")
     return lines
+
+
+def _few(names: Sequence[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

@@ -2,12 +2,21 @@
 
 from imgcls.modeling import backbones, necks
 from imgcls.modeling.backbone_base import Architecture, StagedTrunk, Trunk, is_bookkeeping
-from imgcls.modeling.build import BUILD_GUARDS, build_trunk, is_classifier, make_trunk
+from imgcls.modeling.build import BUILD_GUARDS, build_trunk, build_variant, is_classifier, make_trunk
 from imgcls.modeling.cls_net import ClsNet, make_classifier
 from imgcls.modeling.heads import HEAD_REGISTRY
 from imgcls.modeling.input_channels import fit_channels, fit_to_input, input_convolution
 from imgcls.modeling.losses import LOSS_REGISTRY
-from imgcls.modeling.spec import Family, Source, all_variants, families, family_of, register_family, same_network
+from imgcls.modeling.spec import (
+    Family,
+    Source,
+    all_variants,
+    families,
+    family_of,
+    register_family,
+    same_network,
+    variant_problem,
+)
 
 __all__ = [
     "BUILD_GUARDS",
@@ -22,6 +31,7 @@ __all__ = [
     "all_variants",
     "backbones",
     "build_trunk",
+    "build_variant",
     "families",
     "family_of",
     "fit_channels",
@@ -34,4 +44,5 @@ __all__ = [
     "necks",
     "register_family",
     "same_network",
+    "variant_problem",
 ]

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from imgcls.config import register_check
 from imgcls.layers import NORMS
 from imgcls.modeling.backbone_base import Architecture, Trunk
+from imgcls.modeling.fitting import fitted
 from imgcls.modeling.heads import FAMILY_HEAD
 from imgcls.modeling.spec import Family, family_of, variant_problem
 from imgcls.structures import Problem
@@ -102,6 +103,55 @@ def make_trunk(
     return trunk
 
 
+def build_variant(
+    name: str,
+    *,
+    out_features: Sequence[str] | None = None,
+    norm: str = "BN",
+    in_channels: int = 3,
+    stem: str = "standard",
+    freeze_at: int = 0,
+    drop_path: float = 0.0,
+    output_stride: int = 32,
+    **options: Any,
+) -> Trunk:
+    """The trunk of variant ``name`` for a detector that is built in Python, without a YAML.
+
+    out_features: maps to return, of ceil(input / stride) pixels each; None: the last. The level below the network's
+        last may be named too, and is pooled then.
+    norm: BN | SyncBN | naiveSyncBN | FrozenBN | GN | auto (FrozenBN); BN and auto leave a network's own norms alone.
+    freeze_at: stages to freeze; the first step refuses to train when no weights came into them.
+    options: others of the family's options, by the names in ``OPTIONS`` (``pretrain_size=224``).
+    """
+    family = family_of(name)
+    for option, value in options.items():
+        if option not in OPTIONS or option not in family.options:
+            allowed = ", ".join(known for known in OPTIONS if known in family.options) or "no further options"
+            raise Problem(f"{family.name} has no option {option}", value, allowed, "the call of build_variant").error()
+    architecture = Architecture(name, stem, norm_of(name, norm, "FrozenBN"), {k: _plain(v) for k, v in options.items()})
+
+    def build(maps: Sequence[str] | None) -> Trunk:
+        return make_trunk(
+            architecture,
+            in_channels=in_channels,
+            out_features=maps,
+            drop_path=drop_path,
+            output_stride=output_stride,
+            for_detector=True,
+        )
+
+    trunk = fitted(build, _plain(out_features))
+    trunk.freeze(freeze_at)
+    trunk.watch_arrival()
+    return trunk
+
+
+def _plain(value: Any) -> Any:
+    """LazyConfig hands over lists of its own kind; these would end up in files."""
+    sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    return [_plain(item) for item in value] if sequence else value
+
+
 def is_classifier(cfg: CfgNode) -> bool:
     """Whether the config trains a classifier rather than a detector."""
     return cfg.MODEL.META_ARCHITECTURE == CLASSIFIER
@@ -110,7 +160,17 @@ def is_classifier(cfg: CfgNode) -> bool:
 def resolve_norm(cfg: CfgNode) -> str:
     """The kind of norm that MODEL.BACKBONE.NORM stands for here; says in the log when that is another word."""
     asked = cfg.MODEL.BACKBONE.NORM
-    variant = cfg.MODEL.BACKBONE.VARIANT
+    kind = norm_of(cfg.MODEL.BACKBONE.VARIANT, asked, "BN" if is_classifier(cfg) else "FrozenBN")
+    if kind == "SyncBN" and cfg.MODEL.DEVICE == "cpu":
+        # torch's SyncBatchNorm refuses CPU tensors as soon as there are two ranks.
+        kind = "naiveSyncBN"
+    if kind != asked and kind in NORMS:
+        logger.info("MODEL.BACKBONE.NORM %s resolved to %s (%d ranks)", asked, kind, comm.get_world_size())
+    return kind
+
+
+def norm_of(variant: str, asked: str, auto: str) -> str:
+    """The norm of ``variant`` when ``asked`` for one: the network's own if it has its own, ``auto`` for "auto"."""
     fixed = family_of(variant).own_norm(variant)
     if fixed:
         # BN stands in the base of every classifier's config; it means the BatchNorm of networks that have one.
@@ -118,17 +178,10 @@ def resolve_norm(cfg: CfgNode) -> str:
             what = f"the norms of {variant} are not to be chosen ({fixed})"
             raise Problem(what, asked, f"auto, {fixed}", "MODEL.BACKBONE.NORM").error()
         return fixed
-    kind = asked
-    if asked == "auto":
-        kind = "BN" if is_classifier(cfg) else "FrozenBN"
+    kind = auto if asked == "auto" else asked
     if kind not in NORMS:
         allowed = ", ".join(("auto", *NORMS))
         raise Problem("unknown norm", asked, allowed, "MODEL.BACKBONE.NORM").error()
-    if kind == "SyncBN" and cfg.MODEL.DEVICE == "cpu":
-        # torch's SyncBatchNorm refuses CPU tensors as soon as there are two ranks.
-        kind = "naiveSyncBN"
-    if kind != asked:
-        logger.info("MODEL.BACKBONE.NORM %s resolved to %s (%d ranks)", asked, kind, comm.get_world_size())
     return kind
 
 

@@ -7,13 +7,32 @@ makes of it, stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from imgcls.modeling.backbone_base import Trunk
+from imgcls.modeling.backbone_base import NoSuchMap, Trunk
+
+
+def fitted(build: Callable[[Sequence[str] | None], Trunk], wanted: Sequence[str] | None) -> Trunk:
+    """``build(wanted)`` with maps that fit a pyramid; if ``wanted`` names the level below the last, it is pooled."""
+    try:
+        trunk, extra = build(wanted), ""
+    except NoSuchMap as error:
+        extra = _level_below(error.known[-1])
+        if error.missing != (extra,):
+            raise
+        trunk = build([name for name in wanted or () if name != extra])
+    fit_to_strides(trunk, extra)
+    return trunk
+
+
+def _level_below(name: str) -> str:
+    """The name of the level behind ``name``: "res4" -> "res5"."""
+    return f"res{int(name[3:]) + 1}" if name.startswith("res") and name[3:].isdecimal() else ""
 
 
 def fit_to_strides(trunk: Trunk, extra: str = "") -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -11,9 +13,10 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P
 from detectron2.modeling.backbone.vit import SimpleFeaturePyramid
 from torch import nn
 
-from imgcls.modeling.backbone_base import NoSuchMap, Trunk
+from imgcls.modeling.backbone_base import Trunk
 from imgcls.modeling.build import build_trunk
-from imgcls.modeling.fitting import fit_to_strides
+from imgcls.modeling.fitting import fitted
+from imgcls.modeling.spec import family_of
 from imgcls.structures import Problem
 
 
@@ -39,30 +42,31 @@ def build_imgcls_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 
 def _trunk_for_pyramid(cfg: CfgNode, input_shape: ShapeSpec) -> Trunk:
     """The trunk with all levels that MODEL.FPN.IN_FEATURES asks for: one below its last stage is pooled."""
-    try:
-        trunk, extra = build_trunk(cfg, input_shape), ""
-    except NoSuchMap as error:
-        below = _level_below(error.known[-1])
-        if error.missing != (below,):
-            raise
+    family = family_of(cfg.MODEL.BACKBONE.VARIANT)
+    if build_imgcls_fpn_backbone.__name__ not in family.pyramids:
+        what = f"{family.name} has one map only: a feature pyramid needs several"
+        raise Problem(what, cfg.MODEL.BACKBONE.NAME, ", ".join(family.pyramids), "MODEL.BACKBONE.NAME").error()
+
+    def build(maps: Sequence[str] | None) -> Trunk:
         own = cfg.clone()
         own.defrost()
-        own.MODEL.BACKBONE.OUT_FEATURES = [name for name in cfg.MODEL.FPN.IN_FEATURES if name != below]
-        trunk, extra = build_trunk(own, input_shape), below
-    fit_to_strides(trunk, extra)
-    return trunk
+        own.MODEL.BACKBONE.OUT_FEATURES = list(maps or ())
+        return build_trunk(own, input_shape)
 
-
-def _level_below(name: str) -> str:
-    """The name of the level behind ``name``: "res4" -> "res5"."""
-    return f"res{int(name[3:]) + 1}" if name.startswith("res") and name[3:].isdecimal() else ""
+    return fitted(build, cfg.MODEL.BACKBONE.OUT_FEATURES or cfg.MODEL.FPN.IN_FEATURES)
 
 
 def _pyramid(cfg: CfgNode, trunk: Trunk, top_block: nn.Module) -> FPN:
     if not cfg.MODEL.FPN.IN_FEATURES:
         allowed = "names of the trunk's maps, e.g. ['res3', 'res4', 'res5']"
         raise Problem("the pyramid has no input", [], allowed, "MODEL.FPN.IN_FEATURES").error()
-    return FPN(
+    strides = {name: trunk.output_shape()[name].stride for name in cfg.MODEL.FPN.IN_FEATURES}
+    if any(2 * fine != coarse for fine, coarse in pairwise(strides.values())):
+        listed = ", ".join(f"{name} {stride}" for name, stride in strides.items())
+        what = f"each map of a pyramid must be twice as coarse as the one before (strides: {listed})"
+        key = "MODEL.FPN.IN_FEATURES or MODEL.BACKBONE.OUTPUT_STRIDE"
+        raise Problem(what, list(strides), "maps of strides such as 8, 16, 32", key).error()
+    pyramid = FPN(
         bottom_up=trunk,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -70,6 +74,25 @@ def _pyramid(cfg: CfgNode, trunk: Trunk, top_block: nn.Module) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    _require_levels(cfg, pyramid)
+    return pyramid
+
+
+# Meta-architecture -> keys that name levels of the pyramid.
+_LEVEL_KEYS = {
+    "RetinaNet": ("MODEL.RETINANET.IN_FEATURES",),
+    "GeneralizedRCNN": ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"),
+}
+
+
+def _require_levels(cfg: CfgNode, pyramid: FPN) -> None:
+    """Refuse a detector that reads levels which this trunk's pyramid has not: strides shrink with the small stem."""
+    levels = pyramid.output_shape()
+    for key in _LEVEL_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ()):
+        _, node, leaf = key.split(".")
+        asked = cfg.MODEL[node][leaf]
+        if any(level not in levels for level in asked):
+            raise Problem("the pyramid has no such level", list(asked), ", ".join(levels), key).error()
 
 
 class _PaddedPyramid(SimpleFeaturePyramid):

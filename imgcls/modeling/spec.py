@@ -20,12 +20,15 @@ class Source:
     options: keyword arguments that build the network there as ours is (beside "without weights"), or a function of the
         variant's row that returns them.
     sizes: pixels, sides of the square images on which both are compared: a usual one and an odd one.
+    maps_only: the library's head has no counterpart here: what stands behind the last map is left, and parity is on the
+        maps, which the row lists as ``maps`` with their numbers there (``indices``).
     """
 
     names: Mapping[str, str]
     rules: Sequence[KeyRule] | Callable[[Any], Sequence[KeyRule]]
     options: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     sizes: tuple[int, ...] = (64, 97)
+    maps_only: bool = False
 
     def rules_for(self, row: Any) -> Sequence[KeyRule]:
         """The key rules of the variant whose row is ``row``."""

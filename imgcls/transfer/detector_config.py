@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
+import torch
+from detectron2.config import get_cfg
 
 from imgcls.config import get_config
-from imgcls.modeling import Architecture, family_of
+from imgcls.config.yaml_writing import as_yaml, changed_from, nested
+from imgcls.modeling import Architecture, family_of, make_trunk
 from imgcls.modeling.build import OPTIONS
 from imgcls.structures import PreprocessingContract, Problem
 from imgcls.transfer.handover import Handover
@@ -21,6 +21,9 @@ DETECTORS = {
     "faster_rcnn": ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "detection/resnet50_faster_rcnn_fpn.yaml"),
     "mask_rcnn": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "detection/resnet50_mask_rcnn_fpn.yaml"),
 }
+
+# Stages that detectron2's configs freeze.
+STOCK_FREEZE_AT = 2
 
 _FRAGMENT = """\
 # The keys that a detectron2 detector needs for {weights}; put them over any of detectron2's FPN configs.
@@ -55,9 +58,22 @@ def detector_keys(
         keys["MODEL.RPN.IN_FEATURES"] = ["p3", "p4", "p5", "p6"]
         keys["MODEL.ROI_HEADS.IN_FEATURES"] = ["p3", "p4", "p5"]
         keys["MODEL.ANCHOR_GENERATOR.SIZES"] = [[64], [128], [256], [512]]
+    if stage_count(architecture) < STOCK_FREEZE_AT:
+        # The stock value would freeze more stages than there are, and one may be the whole network.
+        keys["MODEL.BACKBONE.FREEZE_AT"] = 0
     for option, value in architecture.options.items():
         keys[f"MODEL.BACKBONE.{OPTIONS[option]}"] = value
     return keys
+
+
+def stage_count(architecture: Architecture) -> int:
+    """How many stages MODEL.BACKBONE.FREEZE_AT can count."""
+    try:
+        with torch.device("meta"):
+            trunk = make_trunk(architecture, for_detector=True)
+    except (RuntimeError, NotImplementedError):  # some of timm's networks cannot be built without memory
+        trunk = make_trunk(architecture, for_detector=True)
+    return len(trunk.stage_modules())
 
 
 def detector_fragment(handover: Handover, weights: str | Path) -> str:
@@ -65,7 +81,7 @@ def detector_fragment(handover: Handover, weights: str | Path) -> str:
     keys = detector_keys(handover.architecture, handover.contract, "retinanet", str(weights))
     others, retinanet = family_of(handover.architecture.variant).pyramids
     head = _FRAGMENT.format(weights=weights, retinanet=retinanet, others=others)
-    return head + _as_yaml(_nested({"VERSION": 2, **keys}))
+    return head + as_yaml(nested({"VERSION": 2, **keys}))
 
 
 def detector_yaml(detector: str, architecture: Architecture, contract: PreprocessingContract, weights: str = "") -> str:
@@ -80,41 +96,7 @@ def detector_yaml(detector: str, architecture: Architecture, contract: Preproces
     if not weights:
         keys["MODEL.BACKBONE.FREEZE_AT"] = 0
     cfg = get_config(packaged, [word for pair in keys.items() for word in pair])
-    changed = _changed(cfg, get_cfg())
+    changed = changed_from(get_cfg(), cfg)
     changed["VERSION"] = 2
     head = _WHOLE.format(detector=detector, variant=architecture.variant, stock=stock)
-    return head + _as_yaml(changed)
-
-
-def _changed(cfg: CfgNode, default: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``cfg`` is not detectron2's default, nested as it stands there."""
-    changed: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            inner = _changed(value, default.get(key, {}))
-            if inner:
-                changed[key] = inner
-        elif key not in default or default[key] != value:
-            changed[key] = value
-    return changed
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for dotted, value in flat.items():
-        node = tree
-        *groups, leaf = dotted.split(".")
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[leaf] = value
-    return tree
-
-
-def _as_yaml(tree: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(_plain(tree), sort_keys=True, default_flow_style=None, width=120)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return head + as_yaml(changed)

@@ -68,7 +68,8 @@ def libraries_of(variant: str) -> list[str]:
 
 def side_of(variant: str) -> int:
     """Pixels, side of the images that the paper's costs are for."""
-    return int(getattr(family_of(variant).variants[variant], "image_size", 224))
+    row = family_of(variant).variants[variant]
+    return int(getattr(row, "resolution", 0) or getattr(row, "image_size", 224))
 
 
 # -- maps ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +29,9 @@ from imgcls.modeling import (
     input_convolution,
     make_classifier,
 )
-from imgcls.structures import LoadReport, PreprocessingContract, Problem
+from imgcls.structures import KeyRule, LoadReport, PreprocessingContract, Problem
 from imgcls.transfer.handover import Handover
-from imgcls.transfer.parity import logits_difference, to_our_keys
+from imgcls.transfer.parity import logits_difference, maps_difference, maps_reference, to_our_keys, trunk_of
 from imgcls.transfer.pretrained import Pretrained, fetch, stated_preprocessing
 from imgcls.transfer.probe import bare_trunk, measure
 from imgcls.transfer.references import BUILDERS, build_reference
@@ -43,6 +44,8 @@ class Imported:
     handover: to be written; report: what became of each tensor of the classifier, by ClsNet's names.
     difference: largest difference of the logits to the library's own network on a random image, relative to the
         largest logit; None where the library is not installed, or there is no head; why_not says which.
+    compared: what ``difference`` is of: "logits", or "maps" where the library's head has no counterpart here.
+    left: tensors of the file, by its names, that have no place here because they stand behind the last map.
     """
 
     handover: Handover
@@ -50,6 +53,8 @@ class Imported:
     origin: str
     difference: float | None
     why_not: str = ""
+    compared: str = "logits"
+    left: tuple[str, ...] = ()
 
 
 def import_weights(
@@ -70,18 +75,31 @@ def import_weights(
     Every tensor on either side must find its counterpart, but that a file may hold the trunk alone (a self-supervised
     encoder, a detector's backbone). ``ValueError`` otherwise, naming the tensors.
     """
-    source = source_of(variant, library)
+    source, row = source_of(variant, library), family_of(variant).variants[variant]
     given = _given(library, source.names[variant], file, tag)
     given = replace(given, contract=_normalised_by(given.contract, mean, std))
-    mapped = to_our_keys(apply_key_rules(given.tensors, source.rules_for(family_of(variant).variants[variant])))
+    mapped = to_our_keys(apply_key_rules(given.tensors, source.rules_for(row)))
     headless = not any(name.startswith("head.fc.") for name in mapped)
     net = _classifier(variant, mapped, given.contract)
     report = load_weights(net, mapped, may_be_new=lambda name: headless and _is_classifiers(name, family_of(variant)))
     report.require_complete(given.origin, f"It should be {library}'s {source.names[variant]} ({variant})")
-    difference, why_not = _compare(net.eval(), library, source, variant, given, headless)
-    classifier_only = {} if headless else _classifier_only(net, family_of(variant))
+    if source.maps_only:
+        difference: float | None = _compare_maps(library, source, variant, given)
+        why_not = ""
+    else:
+        difference, why_not = _compare(net.eval(), library, source, variant, given, headless)
+    # Of a head that stayed random nothing is kept; a class token travels even where there was no head.
+    classifier_only = {
+        name: tensor for name, tensor in _classifier_only(net, family_of(variant)).items() if name in report.loaded
+    }
     return Imported(
-        _handover(net, variant, given.contract, classifier_only, in_channels), report, given.origin, difference, why_not
+        _handover(net, variant, given.contract, classifier_only, in_channels),
+        report,
+        given.origin,
+        difference,
+        why_not,
+        compared="maps" if source.maps_only else "logits",
+        left=_dropped(given.tensors, source.rules_for(row)) if source.maps_only else (),
     )
 
 
@@ -154,6 +172,18 @@ def _compare(
     side = max(source.sizes[0], 64)
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     return logits_difference(net, reference.eval(), x), ""
+
+
+def _compare_maps(library: str, source: Source, variant: str, given: Pretrained) -> float:
+    side = family_of(variant).variants[variant].image_size
+    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    reference = maps_reference(variant, library, given.tensors)
+    return max(maps_difference(trunk_of(variant, source, given.tensors), reference, x).values())
+
+
+def _dropped(tensors: Mapping[str, Tensor], rules: Sequence[KeyRule]) -> tuple[str, ...]:
+    dropping = [re.compile(rule.theirs) for rule in rules if rule.change == "drop"]
+    return tuple(name for name in without_counters(tensors) if any(rule.search(name) for rule in dropping))
 
 
 def _classifier_only(net: ClsNet, family: Family) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 from imgcls.checkpoint import load_weights, local_path, read_checkpoint
@@ -28,8 +28,10 @@ def body_of(model: nn.Module) -> nn.Module:
     return backbone
 
 
-def load_backbone(model: nn.Module, file: str | Path, cfg: CfgNode) -> LoadReport:
+def load_backbone(model: nn.Module, file: str | Path, cfg: CfgNode | None = None) -> LoadReport:
     """Load a hand-over file into ``model`` (a detector built from ``cfg``), with proof.
+
+    cfg: None, as where a LazyConfig built it: the model itself tells its channel order, mean and std.
 
     Every tensor of the file must find its place and every tensor of the body must come from the file, but for those
     that the family lists as a detector's own. ``ValueError`` otherwise, and when ``cfg`` contradicts the contract;
@@ -39,12 +41,26 @@ def load_backbone(model: nn.Module, file: str | Path, cfg: CfgNode) -> LoadRepor
     if not handover.intact:
         raise ValueError(f"{file} is damaged or was changed: its content is not what its digest was made of")
     body = body_of(model)
-    problems = contradictions(handover, cfg, body)
+    problems = contradictions(handover, stated_by(model) if cfg is None else cfg, body)
     if problems:
         raise ValueError(f"{file} does not fit the config: " + "; ".join(problems))
     excused = body.is_detector_only if isinstance(body, Trunk) else None
     report = load_weights(body, handover.weights, may_be_new=excused)
     return report.require_complete(str(file), "Check MODEL.BACKBONE.VARIANT, or run verify_transfer on the file")
+
+
+def stated_by(model: nn.Module) -> CfgNode:
+    """The input keys of a config, read off a detector of detectron2's."""
+    cfg = get_cfg()
+    if getattr(model, "input_format", None) is None or not hasattr(model, "pixel_mean"):
+        raise ValueError(
+            f"a {type(model).__name__} does not say its input_format and pixel_mean; give load_backbone a cfg"
+        )
+    cfg.INPUT.FORMAT = model.input_format
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = (
+        getattr(model, name).flatten().tolist() for name in ("pixel_mean", "pixel_std")
+    )
+    return cfg
 
 
 def contradictions(handover: Handover, cfg: CfgNode, body: nn.Module) -> list[str]:

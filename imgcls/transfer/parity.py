@@ -1,17 +1,18 @@
-"""Whether a network is its reference: the reference's weights, put into ours, must give the same logits."""
+"""Whether a network is its reference: the reference's weights, put into ours, must give the same logits, or maps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 
 from imgcls.checkpoint import apply_key_rules, load_weights
-from imgcls.modeling import Architecture, ClsNet, Source, family_of, make_classifier
+from imgcls.modeling import Architecture, ClsNet, Source, Trunk, family_of, make_classifier, make_trunk
 from imgcls.structures import PreprocessingContract
-from imgcls.transfer.references import build_reference
+from imgcls.transfer.references import build_maps_reference, build_reference
 
 # Largest difference of the logits, relative to the largest logit.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -52,6 +53,8 @@ def measure_parity(variant: str, library: str, *, seed: int = 0) -> Parity:
     torch.manual_seed(seed)
     reference = build_reference(library, source.names[variant], source.options_for(row))
     randomise(reference, seed)
+    if source.maps_only:
+        return _measure_maps(variant, library, reference.state_dict(), seed)
     ours = import_into(variant, source, reference.state_dict(), classes=_classes(reference, source))
     differences, spreads = {}, []
     for dtype in (torch.float32, torch.float64):
@@ -63,6 +66,55 @@ def measure_parity(variant: str, library: str, *, seed: int = 0) -> Parity:
             spreads.append(_spread(reference, x))
     counts = tuple(sum(p.numel() for p in network.parameters()) for network in (ours, reference))
     return Parity(f"{library} {source.names[variant]}", differences, (counts[0], counts[1]), min(spreads))
+
+
+def _measure_maps(variant: str, library: str, tensors: Mapping[str, Tensor], seed: int) -> Parity:
+    source, row = family_of(variant).sources[library], family_of(variant).variants[variant]
+    ours, reference = trunk_of(variant, source, tensors), maps_reference(variant, library, tensors)
+    differences, spreads = {}, []
+    for dtype in (torch.float32, torch.float64):
+        reference, ours = reference.to(dtype), ours.to(dtype)
+        x = torch.randn(2, 3, row.image_size, row.image_size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        found = maps_difference(ours, reference, x)
+        differences[f"{str(dtype).removeprefix('torch.')} {row.image_size}x{row.image_size}"] = max(found.values())
+        with torch.no_grad():
+            spreads += [float((value[0] - value[1]).abs().max() / value.abs().max()) for value in reference(x)]
+    counts = [sum(p.numel() for p in network.parameters()) for network in (ours, reference)]
+    return Parity(f"{library} {source.names[variant]}", differences, (counts[0], counts[1]), min(spreads))
+
+
+def trunk_of(variant: str, source: Source, tensors: Mapping[str, Tensor]) -> Trunk:
+    """The trunk of ``variant``, returning every map, with a foreign checkpoint's tensors, in eval mode."""
+    row = family_of(variant).variants[variant]
+    names = list(dict.fromkeys(name for name, *_ in row.maps))
+    trunk = make_trunk(Architecture(variant, norm=family_of(variant).own_norm(variant) or "BN"), out_features=names)
+    report = load_weights(trunk, apply_key_rules(tensors, source.rules_for(row)))
+    report.require_complete("the checkpoint", f"Check the variant; {variant} takes {source.names[variant]}")
+    return trunk.eval()
+
+
+def maps_reference(variant: str, library: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The library's own network of the maps of ``variant``, with the whole network's ``tensors``."""
+    source, row = family_of(variant).sources[library], family_of(variant).variants[variant]
+    options = {**source.options_for(row), "out_indices": row.indices}
+    return build_maps_reference(library, source.names[variant], tensors, options)
+
+
+@torch.no_grad()
+def maps_difference(ours: Trunk, reference: nn.Module, x: Tensor) -> dict[str, float]:
+    """Per map: largest difference for the normalised images ``x``, relative to the map's largest value."""
+    row = family_of(ours.architecture.variant).variants[ours.architecture.variant]
+    maps = ours(x)
+    theirs = dict(zip((name for name, *_ in row.maps), reference(x), strict=True))
+    return {name: _relative(maps[name], theirs[name]) for name in theirs}
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    found = float((ours - theirs).abs().max() / theirs.abs().max())
+    # Of a map that is not finite or zero everywhere nothing can be said; NaN would pass through max().
+    return found if isfinite(found) else float("inf")
 
 
 def import_into(variant: str, source: Source, tensors: Mapping[str, Tensor], *, classes: int) -> ClsNet:

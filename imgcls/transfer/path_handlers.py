@@ -20,9 +20,15 @@ from imgcls.transfer.import_weights import import_weights
 
 logger = logging.getLogger(__name__)
 
+# Libraries whose networks are variants of ours, ``<library>:<name>``, without being listed here.
+OPEN = ("timm",)
+
 
 class LibraryPathHandler(PathHandler):
-    """``<library>://<name>[/<tag>]``; the name is the library's or ours."""
+    """``<library>://<name>[/<tag>]``; the name is the library's or ours.
+
+    A network of timm that no family of ours takes weights from is the variant ``timm:<name>``.
+    """
 
     def __init__(self, library: str) -> None:
         super().__init__()
@@ -51,6 +57,9 @@ class LibraryPathHandler(PathHandler):
                 known.setdefault(source.names[variant], variant)
                 if variant == name:
                     return variant
+        if name not in known and self.library in OPEN:
+            family_of(f"{self.library}:{name}")  # an unknown name is an error that lists the nearest
+            return f"{self.library}:{name}"
         if name not in known:
             what = f"no network of ours takes its weights from {self.library}'s"
             raise Problem(what, name, ", ".join(known), path).error()

@@ -144,7 +144,7 @@ def _fetch_timm(name: str, tag: str) -> Pretrained:
     try:
         tensors = timm.create_model(full, pretrained=True).state_dict()
     except Exception as error:  # Hugging Face's client raises a dozen kinds
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(
             f"cannot fetch timm's {full}: {first_line}. Without a network, import a file: "
             "import_weights --from timm --variant NAME FILE"

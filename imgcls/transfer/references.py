@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def _torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -59,10 +60,25 @@ BUILDERS: dict[str, Callable[[str, Mapping[str, Any]], nn.Module]] = {
     "huggingface": _huggingface,
 }
 
+
+def _timm_maps(name: str, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> nn.Module:
+    """timm's ``features_only`` network, into which timm itself has loaded the whole network's ``tensors``."""
+    given = {"state_dict": dict(tensors), "custom_load": False, "source": ""}
+    network: nn.Module = require("timm").create_model(
+        name, pretrained=True, features_only=True, pretrained_cfg_overlay=given, **options
+    )
+    if str(getattr(getattr(network, "output_fmt", ""), "value", "")) == "NHWC":
+        network.register_forward_hook(lambda _module, _inputs, maps: [value.permute(0, 3, 1, 2) for value in maps])
+    return network
+
+
+# Library -> builds its network of feature maps, (N, C, H, W) each and finest first, with the whole network's tensors.
+MAP_BUILDERS: dict[str, Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], nn.Module]] = {"timm": _timm_maps}
+
 # Import name -> what to install.
 INSTALL = {
     "timm": "pip install 'imgcls[timm]'",
-    "efficientnet_lite_pytorch": "pip install efficientnet_lite_pytorch",
+    "efficientnet_lite_pytorch": "pip install efficientnet-lite-pytorch",
     "transformers": "pip install transformers",
 }
 
@@ -73,6 +89,20 @@ def build_reference(library: str, name: str, options: Mapping[str, Any]) -> nn.M
         # torchvision announces that GoogLeNet's and Inception's initialisation will change.
         warnings.filterwarnings("ignore", category=FutureWarning)
         return BUILDERS[library](name, options).eval()
+
+
+def build_maps_reference(
+    library: str, name: str, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> nn.Module:
+    """The maps of ``name`` of ``library`` with the whole network's ``tensors``, in eval mode."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    # timm warns of each tensor that stands behind the last map.
+    logger.setLevel(logging.ERROR)
+    try:
+        return MAP_BUILDERS[library](name, tensors, options).eval()
+    finally:
+        logger.setLevel(level)
 
 
 def require(module: str) -> Any:

@@ -39,12 +39,13 @@ class InceptionV3Spec:
     """The only row.
 
     pool_widths: channels behind the pooling in each 35x35 module (figure 5). seven_widths: channels between the 1x7 and
-    7x1 convolutions of each 17x17 module (figure 6).
+    7x1 convolutions of each 17x17 module (figure 6). resolution: side of the paper's images.
     """
 
     pool_widths: tuple[int, ...] = (32, 64, 64)
     seven_widths: tuple[int, ...] = (128, 160, 160, 192)
     dropout: float = 0.5
+    resolution: int = 299
     bn_eps: float = 1e-3
     bn_momentum: float = 0.1
 

@@ -2,17 +2,20 @@
 
 Its modules are taken over as they are and grouped into the stages that end at each of timm's feature maps, so freezing,
 hand-over and gradient checkpointing work as for every other trunk. A network that timm does not cut up into a chain
-(EfficientNet, HRNet, ViT) is one stage, ``body``. The classifier is a new head: parity with timm is on the maps.
+of single maps (EfficientNet, HRNet, ViT, SelecSLS) is one stage, ``body``. The classifier is a new head: parity with
+timm is on the maps.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import log2
 from typing import Any
 
@@ -28,17 +31,48 @@ from imgcls.structures import KeyRule, Problem
 
 PREFIX = "timm:"
 # What lets networks of a fixed image size take others, by the kind of network; the first that timm accepts is used.
-SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+# Both first: timm 1.0.9's Swin takes "dynamic_img_size" too, but without a word and without effect.
+SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {"dynamic_img_size": True, "strict_img_size": False},
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+    {},
+)
+# Modules of networks that are cut up but hand on a list, of which only the first element is a map of timm's.
+HAND_ON_LISTS = ("SelecSlsBlock",)
+
+FPN = ("build_imgcls_fpn_backbone", "build_imgcls_retinanet_fpn_backbone")
+SIMPLE_FPN = ("build_imgcls_simple_fpn_backbone", "build_imgcls_retinanet_simple_fpn_backbone")
 
 
 @dataclass(frozen=True)
 class TimmSpec:
-    """timm's name of the network, what makes it take images of any size, and its maps as (name, channels, stride)."""
+    """One network.
+
+    name: timm's. options: what makes it take images of any size. image_size: of its trained weights.
+    maps: (our name, channels, stride) of each. indices: their numbers in timm (``out_indices``).
+    """
 
     name: str
     options: Mapping[str, Any]
     image_size: int
     maps: tuple[tuple[str, int, int], ...]
+    indices: tuple[int, ...]
+
+    @property
+    def map_names(self) -> list[str]:
+        """Every name once: of several maps with one name (a ViT's blocks) the last bears it."""
+        return list(dict.fromkeys(name for name, _, _ in self.maps))
+
+    @property
+    def single_map(self) -> bool:
+        """Whether there is one map only, of a stride that the simple pyramid takes."""
+        return {stride for _, _, stride in self.maps} in ({16}, {32})
+
+    @property
+    def finest_level(self) -> int:
+        """The finest pyramid level that can be made of the maps: p3 where the simple pyramid begins at stride 32."""
+        return 3 if self.single_map and self.maps[-1][2] == 32 else 2
 
 
 class TimmStage(nn.Sequential):
@@ -50,7 +84,8 @@ class TimmStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x.permute(0, 2, 3, 1) if self.takes_nhwc else x)
-        return x.permute(0, 3, 1, 2).contiguous() if self.gives_nhwc else x
+        # Not copied: the next stage turns the same memory back, and computes what timm computes to the last bit.
+        return x.permute(0, 3, 1, 2) if self.gives_nhwc else x
 
 
 class CutTrunk(StagedTrunk):
@@ -58,29 +93,35 @@ class CutTrunk(StagedTrunk):
 
     def __init__(self, spec: TimmSpec, net: Any, out_features: Sequence[str]) -> None:
         super().__init__()
+        self.spec = spec
         nhwc = _is_nhwc(net)
         ends = dict(zip(net.return_layers, spec.maps, strict=False))
+        # Of several maps with one name (strides 1 and 2, or two of one stride) the last ends the stage of that name.
+        last = {own: name for name, (own, _, _) in ends.items()}
         modules: dict[str, nn.Module] = {}
         before = 1
-        for position, (name, module) in enumerate(net.items()):
+        for name, module in net.items():
             modules[name] = module
-            if name not in ends:
+            if name not in last.values():
                 continue
             own, channels, stride = ends[name]
-            # Of several maps with one stride the last is that stride's stage.
-            if any(ends[later][2] == stride for later in list(net)[position + 1 :] if later in ends):
-                continue
-            stage = TimmStage(modules, takes_nhwc=nhwc and before > 1, gives_nhwc=nhwc)
+            stage = TimmStage(modules, takes_nhwc=nhwc and bool(self._stage_names), gives_nhwc=nhwc)
             self.add_stage(own, stage, channels=channels, stride=stride // before)
             modules, before = {}, stride
         self.keep(out_features)
 
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """As every trunk's, with a clear error where the network is made for one size of image."""
+        with _size_is_told(self.spec, x):
+            return super().forward(x)
+
 
 class WholeTrunk(Trunk):
-    """A network that timm does not cut up into a chain (EfficientNet, HRNet, ViT): one stage, called body."""
+    """A network that timm does not cut up into a chain of maps (EfficientNet, HRNet, ViT): one stage, called body."""
 
     def __init__(self, spec: TimmSpec, net: nn.Module, out_features: Sequence[str]) -> None:
         super().__init__()
+        self.spec = spec
         self.body = net
         self._nhwc = _is_nhwc(net)
         self._names = [name for name, _, _ in spec.maps]
@@ -96,7 +137,8 @@ class WholeTrunk(Trunk):
         """(N, C, H, W), normalised -> feature name -> map."""
         if self.training:
             self.require_arrival()
-        maps = dict(zip(self._names, self.run_stage(self.body, x), strict=False))
+        with _size_is_told(self.spec, x):
+            maps = dict(zip(self._names, self.run_stage(self.body, x), strict=False))
         return {name: maps[name].permute(0, 3, 1, 2) if self._nhwc else maps[name] for name in self._out_features}
 
 
@@ -112,24 +154,74 @@ def timm_trunk(
     """The trunk of one row; nothing behind the last of ``out_features`` is built."""
     names = [name for name, _, _ in spec.maps]
     wanted = list(out_features or names[-1:])
-    require_maps(f"timm's {spec.name}", wanted, list(dict.fromkeys(names)))
+    require_maps(f"timm's {spec.name}", wanted, spec.map_names)
     last = max(index for index, name in enumerate(names) if name in wanted)
-    options = {**spec.options, **({"drop_path_rate": drop_path} if drop_path else {})}
-    indices = {} if last + 1 == len(names) else {"out_indices": tuple(range(last + 1))}
-    net = _with_norm(_create(spec.name, in_chans=in_channels, **indices, **options), norm)
-    kind = CutTrunk if isinstance(net, _timm().models.FeatureDictNet) else WholeTrunk
+    options = {"in_chans": in_channels, "out_indices": spec.indices[: last + 1], **spec.options}
+    net = _with_norm(_with_drop_path(spec.name, drop_path, options), norm)
+    kind = CutTrunk if _is_chain(net) else WholeTrunk
     return kind(spec, net, wanted)
 
 
-def _create(name: str, **options: Any) -> Any:
+def _with_drop_path(name: str, drop_path: float, options: Mapping[str, Any]) -> Any:
+    """The network with this stochastic depth, 0 too: some have another of their own when nothing is said."""
+    try:
+        return _create(name, drop_path_rate=drop_path, **options)
+    except TypeError as error:  # the network does not know the option
+        if "drop_path" not in str(error):
+            raise
+        if drop_path:
+            what = f"timm's {name} has no stochastic depth"
+            raise Problem(what, drop_path, "0.0", "MODEL.BACKBONE.DROP_PATH").error() from error
+    return _create(name, **options)
+
+
+@contextmanager
+def _size_is_told(spec: TimmSpec, x: Tensor) -> Iterator[None]:
+    """timm's complaint about an image of another size than the network is made for, as a ``ValueError``."""
+    height, width = x.shape[-2:]
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        if (height, width) == (spec.image_size,) * 2 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        side = f"{spec.image_size}x{spec.image_size}"
+        raise ValueError(
+            f"timm's {spec.name} failed on an image of {height}x{width}; timm made it for {side} and not every network "
+            f"takes others: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception | None) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _create(name: str, *, features_only: bool = True, **options: Any) -> Any:
+    if features_only:
+        options["features_only"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _timm().create_model(name, pretrained=False, features_only=True, **options)
+        return _timm().create_model(name, pretrained=False, **options)
+
+
+def _outline(build: Callable[[], Any]) -> Any:
+    """What ``build`` makes, without memory where that goes."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError):
+        # timm 1.0.9 reads numbers off tensors while it builds ViTs and others. A reason of another kind comes again.
+        return build()
 
 
 def _is_nhwc(net: nn.Module) -> bool:
     form = getattr(net, "output_fmt", "NCHW")
     return str(getattr(form, "value", form)) == "NHWC"
+
+
+def _is_chain(net: Any) -> bool:
+    """Whether timm cut the network up into modules that hand one map on to the next."""
+    cut_up = isinstance(net, _timm().models.FeatureDictNet)
+    return cut_up and not any(type(module).__name__ in HAND_ON_LISTS for module in net.values())
 
 
 def map_name(stride: int) -> str:
@@ -159,7 +251,7 @@ def timm_family(variant: str) -> Family:
     timm = _timm()
     name = variant.removeprefix(PREFIX)
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.5)
         raise ValueError(f"timm {timm.__version__} has no network {name!r}; near: {', '.join(near) or 'none'}")
     spec = _spec(name)
     return Family(
@@ -167,7 +259,8 @@ def timm_family(variant: str) -> Family:
         variants={variant: spec},
         build=timm_trunk,
         options=("drop_path",),
-        sources={"timm": Source({variant: name}, rules=key_rules)},
+        pyramids=SIMPLE_FPN if spec.single_map else FPN,
+        sources={"timm": Source({variant: name}, key_rules, lambda row: row.options, maps_only=True)},
     )
 
 
@@ -175,30 +268,34 @@ def _spec(name: str) -> TimmSpec:
     reason: Exception | None = None
     for options in SIZE_OPTIONS:
         try:
-            with torch.device("meta"):
-                info = _create(name, **options).feature_info
-            stated = _timm().get_pretrained_cfg(name)
+            net = _outline(partial(_create, name, **options))
+            info = net.feature_info
+            indices = list(info.out_indices)
+            while isinstance(net, _timm().models.FeatureDictNet) and indices[-1] + 1 < len(info.info):
+                if info.info[indices[-1]]["reduction"] >= 32:
+                    break
+                # timm's choice of five maps leaves stride 32 out where the first has stride 1.
+                indices.append(indices[-1] + 1)
             maps = tuple(
                 (map_name(stride), channels, stride)
-                for channels, stride in zip(info.channels(), info.reduction(), strict=True)
+                for channels, stride in zip(info.get("num_chs", indices), info.get("reduction", indices), strict=True)
             )
-            return TimmSpec(name, options, stated.input_size[-1] if stated else 224, maps)
+            stated = _timm().get_pretrained_cfg(name)
+            return TimmSpec(name, options, stated.input_size[-1] if stated else 224, maps, tuple(indices))
         except TypeError as error:  # the network does not know the option
             reason = error
         except (RuntimeError, AssertionError, AttributeError, NotImplementedError, KeyError, ValueError) as error:
             reason = error
             break
-    first_line = next(iter(str(reason).splitlines()), type(reason).__name__)
-    raise ValueError(f"timm's {name} offers no feature maps: {first_line}")
+    raise ValueError(f"timm's {name} offers no feature maps: {_first_line(reason)}")
 
 
 def key_rules(spec: TimmSpec) -> list[KeyRule]:
     """timm's tensor names -> ours, one rule a tensor. What stands behind the last map has no place here."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = _timm().create_model(spec.name, pretrained=False).state_dict()
-        # timm writes the first levels of a cut-up network with "_" for "."; some others stand under "model.".
-        ours = {_canonical(key): key for key in timm_trunk(spec).state_dict()}
+    theirs = _outline(partial(_create, spec.name, features_only=False)).state_dict()
+    trunk = _outline(partial(timm_trunk, spec))
+    # timm writes the first levels of a cut-up network with "_" for ".".
+    ours = {key.removeprefix(_wrapping(trunk, key)).replace(".", "_"): key for key in trunk.state_dict()}
     return [
         KeyRule(f"^{re.escape(key)}$", ours[key.replace(".", "_")])
         if key.replace(".", "_") in ours
@@ -214,9 +311,11 @@ def timm_keys(weights: Mapping[str, Tensor], variant: str) -> dict[str, Tensor]:
     return {back[name]: tensor for name, tensor in weights.items()}
 
 
-def _canonical(key: str) -> str:
-    rest = key.split(".", 1)[1]
-    return rest.removeprefix("model.").replace(".", "_")
+def _wrapping(trunk: Trunk, key: str) -> str:
+    """What stands before timm's name in a trunk's: its stage, and the one module that some wrap the network in."""
+    stage = key.split(".", 1)[0]
+    inside = [name for name, _ in getattr(trunk, stage).named_children()]
+    return f"{stage}.{inside[0]}." if inside in (["model"], ["body"]) and stage == "body" else f"{stage}."
 
 
 def _timm() -> Any:
