@@ -27,7 +27,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help", ""):
         print("usage: python -m imgcls COMMAND [options]; COMMAND --help tells more")
-        print("\n".join(f"  {command:16}{what}" for command, (_, _, what) in COMMANDS.items()))
+        print("\n".join(f"  {command:22}{what}" for command, (_, _, what) in COMMANDS.items()))
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

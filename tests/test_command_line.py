@@ -26,12 +26,19 @@ OPTIONS = {
     "train_detector": TRAINING,
     "convert_to_detection": ["--weights", "--output", "--fold-normalization", "--overwrite"],
     "verify_transfer": ["--weights", "--config-file", "--classifier"],
+    "import_weights": ["--from", "--variant", "--tag", "--in-channels", "--mean", "--std", "--output", "--overwrite"],
+    "make_detector_config": ["--detector", "--weights", "--variant", "--output", "--overwrite"],
+    "analyze_model": ["--variant", "--size", "--classes"],
 }
+TAKING_KEYS = ("train_net", "train_net_builtin", "train_detector", "verify_transfer")
 COMMANDS = {
     "train": OPTIONS["train_net"],
     "train-builtin": OPTIONS["train_net"],
     "convert": OPTIONS["convert_to_detection"],
     "verify": OPTIONS["verify_transfer"],
+    "import-weights": OPTIONS["import_weights"],
+    "make-detector-config": OPTIONS["make_detector_config"],
+    "analyze": OPTIONS["analyze_model"],
     "train-detector": TRAINING,
     "prepare-voc": ["--root", "--output", "--splits"],
     "prepare-digits": ["--output"],
@@ -81,7 +88,7 @@ def test_the_help_of_a_tool_names_its_options(tool: str, run: Callable[..., tupl
     assert (code, err) == (0, "")
     for option in OPTIONS[tool]:
         assert f"\n  {option}" in out or f", {option}" in out, option
-    assert ("[KEY VALUE ...]" in out) == (tool != "convert_to_detection")
+    assert ("[KEY VALUE ...]" in out) == (tool in TAKING_KEYS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

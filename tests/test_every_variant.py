@@ -53,8 +53,10 @@ SMALLEST = {
     "vgg": "vgg11_bn",
     "vit": "vit_ti_16",
 }
-# Examined in full beside the smallest; another sample every time the list is lengthened.
-SAMPLE = random.Random(len(ALL)).sample(sorted(set(ALL) - set(SMALLEST.values())), 3)
+# Compared beside the smallest, of those that take seconds; another sample every time the list is lengthened.
+RECORDED = json.loads(RECORD.read_text(encoding="utf-8"))["variants"]
+QUICK = sorted(v for v in set(ALL) - set(SMALLEST.values()) if RECORDED.get(v, {}).get("seconds", 0) < 15)
+SAMPLE = random.Random(len(ALL)).sample(QUICK, 4)
 
 
 @pytest.fixture(scope="module")
