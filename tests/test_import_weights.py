@@ -122,6 +122,19 @@ def test_weights_of_another_network_are_refused_naming_tensors(tmp_path):
         import_weights("torchvision", "resnet34", tmp_path / "r18.pth")
 
 
+def test_weights_that_mean_something_else_there_are_refused(theirs, tmp_path, tool):
+    """timm builds this network with another epsilon when it loads trained weights; every tensor fits all the same."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model("fbnetc_100")
+    randomise(net, 0)
+    torch.save(net.state_dict(), tmp_path / "fbnetc.pth")
+    words = ("--from", "timm", "--variant", "timm:fbnetc_100", tmp_path / "fbnetc.pth")
+    done = tool("tools/import_weights.py", *words, "--output", tmp_path / "b.pth")
+    assert done.returncode == 2 and "gives other maps than timm's own network" in done.stderr
+    assert not (tmp_path / "b.pth").exists()
+
+
 def test_a_trunk_alone_is_taken_and_said(theirs, tmp_path):
     tensors = {name: value for name, value in torch.load(theirs, weights_only=True).items() if "fc" not in name}
     tensors = {name: value for name, value in tensors.items() if not name.startswith("conv5")}

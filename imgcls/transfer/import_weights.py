@@ -36,6 +36,9 @@ from imgcls.transfer.pretrained import Pretrained, fetch, stated_preprocessing
 from imgcls.transfer.probe import bare_trunk, measure
 from imgcls.transfer.references import BUILDERS, build_reference
 
+# Relative, in float32: rounding stays far below, another epsilon or padding far above.
+LARGEST_DIFFERENCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Imported:
@@ -88,6 +91,13 @@ def import_weights(
         why_not = ""
     else:
         difference, why_not = _compare(net.eval(), library, source, variant, given, headless)
+    compared = "maps" if source.maps_only else "logits"
+    if difference is not None and not difference <= LARGEST_DIFFERENCE:
+        raise ValueError(
+            f"with the weights of {given.origin} {variant} gives other {compared} than {library}'s own network: "
+            f"the largest difference is {difference:.1e} of the largest value (limit {LARGEST_DIFFERENCE:.0e}). All "
+            f"tensors fit, but {library} builds it in another way for its trained weights; nothing was written"
+        )
     # Of a head that stayed random nothing is kept; a class token travels even where there was no head.
     classifier_only = {
         name: tensor for name, tensor in _classifier_only(net, family_of(variant)).items() if name in report.loaded
@@ -98,7 +108,7 @@ def import_weights(
         given.origin,
         difference,
         why_not,
-        compared="maps" if source.maps_only else "logits",
+        compared=compared,
         left=_dropped(given.tensors, source.rules_for(row)) if source.maps_only else (),
     )
 
