@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from imgcls.commands.arguments import Parser, one_line_errors
-from imgcls.modeling import Architecture, family_of, make_classifier
+from imgcls.modeling import make_classifier, plain
 from imgcls.modeling.analysis import Cost, analyze
 from imgcls.transfer.examine import CONTRACT, side_of
 
@@ -26,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     rows = []
     for variant in args.variant:
-        architecture = Architecture(variant, norm=family_of(variant).own_norm(variant) or "BN")
-        cost = analyze(make_classifier(architecture, args.classes, CONTRACT), args.size or side_of(variant))
+        cost = analyze(make_classifier(plain(variant), args.classes, CONTRACT), args.size or side_of(variant))
         rows.append(cost_row(variant, cost))
     header = (
         "variant",

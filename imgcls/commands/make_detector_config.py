@@ -8,7 +8,7 @@ from pathlib import Path
 
 from imgcls.commands.arguments import Parser, one_line_errors
 from imgcls.config import load_config, require_sound
-from imgcls.modeling import Architecture, family_of
+from imgcls.modeling import plain
 from imgcls.transfer import detector_yaml, read_handover
 from imgcls.transfer.detector_config import DETECTORS
 from imgcls.transfer.pretrained import IMAGENET_MEAN, IMAGENET_STD, contract_of
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         handover = read_handover(args.weights, mmap=True)
         architecture, contract = handover.architecture, handover.contract
     else:
-        architecture = Architecture(args.variant, norm=family_of(args.variant).own_norm(args.variant) or "BN")
+        architecture = plain(args.variant)
         contract = contract_of(IMAGENET_MEAN, IMAGENET_STD, 224, 256, "bilinear")
     output.write_text(detector_yaml(args.detector, architecture, contract, args.weights))
     require_sound(load_config(output))

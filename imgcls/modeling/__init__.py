@@ -2,7 +2,7 @@
 
 from imgcls.modeling import backbones, necks
 from imgcls.modeling.backbone_base import Architecture, StagedTrunk, Trunk, is_bookkeeping
-from imgcls.modeling.build import BUILD_GUARDS, build_trunk, build_variant, is_classifier, make_trunk
+from imgcls.modeling.build import BUILD_GUARDS, build_trunk, build_variant, is_classifier, make_trunk, plain
 from imgcls.modeling.cls_net import ClsNet, make_classifier
 from imgcls.modeling.heads import HEAD_REGISTRY
 from imgcls.modeling.input_channels import fit_channels, fit_to_input, input_convolution
@@ -42,6 +42,7 @@ __all__ = [
     "make_classifier",
     "make_trunk",
     "necks",
+    "plain",
     "register_family",
     "same_network",
     "variant_problem",

@@ -152,6 +152,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if sequence else value
 
 
+def plain(variant: str) -> Architecture:
+    """``variant`` with nothing chosen: BatchNorm where its norms can be chosen."""
+    return Architecture(variant, norm=family_of(variant).own_norm(variant) or "BN")
+
+
 def is_classifier(cfg: CfgNode) -> bool:
     """Whether the config trains a classifier rather than a detector."""
     return cfg.MODEL.META_ARCHITECTURE == CLASSIFIER

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from imgcls.checkpoint import trunk_weights, write_tensors
 from imgcls.config import get_config
-from imgcls.modeling import Architecture, ClsNet, family_of, make_classifier, make_trunk
+from imgcls.modeling import ClsNet, family_of, make_classifier, make_trunk, plain
 from imgcls.modeling.analysis import analyze
 from imgcls.structures import PreprocessingContract
 from imgcls.transfer.detector_config import detector_keys
@@ -33,11 +33,6 @@ DETECTORS = ("retinanet", "faster_rcnn")
 # Largest gradient of a parameter, as a share of the largest in its layer, below which it counts as none.
 LEAST_GRADIENT = 1e-6
 CLASSES = 10
-
-
-def plain(variant: str) -> Architecture:
-    """``variant`` with BatchNorm where its norms can be chosen."""
-    return Architecture(variant, norm=family_of(variant).own_norm(variant) or "BN")
 
 
 def examine(variant: str, *, detectors: Iterable[str] = DETECTORS, seed: int = 0) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from imgcls.checkpoint import (
 )
 from imgcls.data.imagenet import imagenet_classes
 from imgcls.modeling import (
-    Architecture,
     ClsNet,
     Family,
     Source,
@@ -28,6 +27,7 @@ from imgcls.modeling import (
     fit_channels,
     input_convolution,
     make_classifier,
+    plain,
 )
 from imgcls.structures import KeyRule, LoadReport, PreprocessingContract, Problem
 from imgcls.transfer.handover import Handover
@@ -123,10 +123,6 @@ def write_import(imported: Imported, output: str | Path, *, overwrite: bool = Fa
     write_tensors(output, imported.handover.to_content())
 
 
-def _plain(variant: str) -> Architecture:
-    return Architecture(variant, norm=family_of(variant).own_norm(variant) or "BN")
-
-
 def source_of(variant: str, library: str) -> Source:
     """Where the weights of ``library`` go in ``variant``; a ``ValueError`` lists the libraries that have some."""
     sources = family_of(variant).sources
@@ -163,7 +159,7 @@ def _classifier(variant: str, mapped: Mapping[str, Tensor], contract: Preprocess
     last = [tensor for name, tensor in mapped.items() if name.startswith("head.fc.")]
     classes = int(last[-1].shape[0]) if last else 1
     auxiliary = any(name.startswith("head.auxiliary.") for name in mapped)
-    return make_classifier(_plain(variant), classes, contract, auxiliary=auxiliary)
+    return make_classifier(plain(variant), classes, contract, auxiliary=auxiliary)
 
 
 def _compare(
@@ -217,7 +213,7 @@ def _handover(
         key = f"{input_convolution(net.backbone)[0]}.weight"  # type: ignore[arg-type]
         weights[key] = fit_channels(weights[key], in_channels)
         contract = for_channels(contract, in_channels)
-    architecture = _plain(variant)
+    architecture = plain(variant)
     trunk = bare_trunk(architecture, weights, in_channels)
     outputs = [tensor.shape[0] for name, tensor in classifier_only.items() if name == "head.fc.weight"]
     known = outputs == [len(imagenet_classes())]

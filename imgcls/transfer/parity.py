@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imgcls.checkpoint import apply_key_rules, load_weights
-from imgcls.modeling import Architecture, ClsNet, Source, Trunk, family_of, make_classifier, make_trunk
+from imgcls.modeling import ClsNet, Source, Trunk, family_of, make_classifier, make_trunk, plain
 from imgcls.structures import PreprocessingContract
 from imgcls.transfer.references import build_maps_reference, build_reference
 
@@ -87,7 +87,7 @@ def trunk_of(variant: str, source: Source, tensors: Mapping[str, Tensor]) -> Tru
     """The trunk of ``variant``, returning every map, with a foreign checkpoint's tensors, in eval mode."""
     row = family_of(variant).variants[variant]
     names = list(dict.fromkeys(name for name, *_ in row.maps))
-    trunk = make_trunk(Architecture(variant, norm=family_of(variant).own_norm(variant) or "BN"), out_features=names)
+    trunk = make_trunk(plain(variant), out_features=names)
     report = load_weights(trunk, apply_key_rules(tensors, source.rules_for(row)))
     report.require_complete("the checkpoint", f"Check the variant; {variant} takes {source.names[variant]}")
     return trunk.eval()
@@ -122,8 +122,7 @@ def import_into(variant: str, source: Source, tensors: Mapping[str, Tensor], *, 
     family = family_of(variant)
     mapped = to_our_keys(apply_key_rules(tensors, source.rules_for(family.variants[variant])))
     auxiliary = any(name.startswith("head.auxiliary.") for name in mapped)
-    norm = family.own_norm(variant) or "BN"
-    net = make_classifier(Architecture(variant, norm=norm), classes, NEUTRAL, auxiliary=auxiliary)
+    net = make_classifier(plain(variant), classes, NEUTRAL, auxiliary=auxiliary)
     report = load_weights(net, mapped)
     report.require_complete("the checkpoint", f"Check the variant; {variant} takes {source.names[variant]}")
     return net.eval()
