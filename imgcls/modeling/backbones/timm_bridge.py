@@ -38,6 +38,8 @@ SIZE_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {"strict_img_size": False},
     {},
 )
+# What timm sets only while it loads trained weights itself (``pretrained=True``): without it they mean something else.
+TRAINED_WITH: Mapping[str, Mapping[str, Any]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 # Modules of networks that are cut up but hand on a list, of which only the first element is a map of timm's.
 HAND_ON_LISTS = ("SelecSlsBlock",)
 
@@ -157,6 +159,7 @@ def timm_trunk(
     require_maps(f"timm's {spec.name}", wanted, spec.map_names)
     last = max(index for index, name in enumerate(names) if name in wanted)
     options = {"in_chans": in_channels, "out_indices": spec.indices[: last + 1], **spec.options}
+    options.update(TRAINED_WITH.get(spec.name.partition(".")[0], {}))
     net = _with_norm(_with_drop_path(spec.name, drop_path, options), norm)
     kind = CutTrunk if _is_chain(net) else WholeTrunk
     return kind(spec, net, wanted)
