@@ -121,7 +121,7 @@ def test_parameters_are_as_many_as_the_references(variant):
 def test_the_smallest_of_every_family_in_full(variant):
     found = examine(variant)
     assert found["problems"] == []
-    assert set(found["detectors"]) == {"retinanet", "faster_rcnn"}
+    assert set(found["detectors"]) == {"retinanet", "faster_rcnn", "mask_rcnn"}
     assert all(
         built["arrived"].split(" of ")[0] == built["arrived"].split(" of ")[1] for built in found["detectors"].values()
     )

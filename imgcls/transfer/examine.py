@@ -29,7 +29,7 @@ from imgcls.transfer.probe import bare_trunk, measure
 from imgcls.transfer.verify import verify
 
 CONTRACT = PreprocessingContract("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 224, 256, "bilinear")
-DETECTORS = ("retinanet", "faster_rcnn")
+DETECTORS = ("retinanet", "faster_rcnn", "mask_rcnn")
 # Largest gradient of a parameter, as a share of the largest in its layer, below which it counts as none.
 LEAST_GRADIENT = 1e-6
 CLASSES = 10
@@ -42,7 +42,7 @@ def examine(variant: str, *, detectors: Iterable[str] = DETECTORS, seed: int = 0
     built = in_detectors(variant, detectors, seed=seed)
     problems = [f"parity with {library}: {found}" for library, found in parity.items() if not found.equal]
     problems += maps_problems(variant) + gradient_problems(variant, seed=seed) + freezing_problems(variant)
-    problems += [f"{detector}: {problem}" for detector, found in built.items() for problem in found["problems"]]
+    problems += detector_problems(built)
     cost = analyze(make_classifier(plain(variant), 1000, CONTRACT), side_of(variant))
     return {
         "family": family.name,
@@ -169,6 +169,11 @@ def in_detectors(variant: str, detectors: Iterable[str], *, seed: int = 0) -> di
         handover = random_handover(variant, seed)
         write_tensors(file, handover.to_content())
         return {detector: _in_detector(handover, detector, file) for detector in detectors}
+
+
+def detector_problems(built: dict[str, dict[str, Any]]) -> list[str]:
+    """The problems in what :func:`in_detectors` found, each with its detector's name."""
+    return [f"{detector}: {problem}" for detector, found in built.items() for problem in found["problems"]]
 
 
 def _in_detector(handover: Handover, detector: str, file: Path) -> dict[str, Any]:
