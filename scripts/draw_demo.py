@@ -12,7 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
-from PIL import Image
+
+from imgcls.data.reading import read_image
 
 SHOWN = 6
 SURE = 0.4  # score from which a detection is drawn
@@ -47,7 +48,7 @@ def draw_detections(demo: Path) -> Path:
     for row, (name, label) in zip(axes, (("scratch", "random weights"), ("pretrained", "converted")), strict=True):
         found = json.loads((demo / name / "inference/coco_instances_results.json").read_text())
         for axis, image in zip(row, truth["images"], strict=False):
-            axis.imshow(Image.open(demo / "digit_detection/val" / image["file_name"]))
+            axis.imshow(read_image(str(demo / "digit_detection/val" / image["file_name"])))
             axis.axis("off")
             for box in best_boxes(found, image["id"]):
                 draw_box(axis, box, names)

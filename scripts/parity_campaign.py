@@ -3,7 +3,8 @@
     python scripts/parity_campaign.py --out docs/data/parity.json
 
 It goes on where it was interrupted: what the file holds is kept while the family's code is the same (--all: examine
-again), and a detector that was not tried yet is added to it. On two idle cores the whole takes about an hour. Exits with 1 when a variant has a problem.
+again), and a detector that was not tried yet is added to it. On two idle cores the whole takes about an hour. Exits
+with 1 when a variant has a problem.
 """
 
 from __future__ import annotations

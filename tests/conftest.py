@@ -36,18 +36,23 @@ def classifier_cfg(tmp_path: Path) -> Callable[..., CfgNode]:
     """``classifier_cfg("mobilenet_v1_0.25", "KEY", value, ...)``: digits at 32 pixels, four iterations, on the CPU."""
 
     def make(variant: str = "mobilenet_v1_0.25", *overrides: object) -> CfgNode:
-        cfg = imgcls.get_config("quick/digits_mobilenet_v1.yaml")
-        small = [
-            *("MODEL.BACKBONE.VARIANT", variant, "MODEL.BACKBONE.NAME", family_of(variant).builder),
-            *("INPUT.TRAIN_SIZE", 32, "INPUT.TEST_SIZE", 32, "MODEL.DEVICE", "cpu"),
-            *("SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 4, "SOLVER.MAX_EPOCHS", 0.0, "SOLVER.WARMUP_EPOCHS", 0.0),
-            *("SOLVER.LOG_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 100, "SOLVER.CHECKPOINT_EPOCHS", 0.0),
-            *("TEST.EVAL_EPOCHS", 0.0, "TEST.EVAL_PERIOD", 0, "OUTPUT_DIR", str(tmp_path / "run")),
-        ]
-        cfg.merge_from_list([*small, *overrides])
-        return cfg
+        return tiny_cfg(tmp_path / "run", *overrides, variant=variant)
 
     return make
+
+
+def tiny_cfg(output: Path, *overrides: object, variant: str = "mobilenet_v1_0.25") -> CfgNode:
+    """What ``classifier_cfg`` makes, for fixtures of a module, with any OUTPUT_DIR."""
+    cfg = imgcls.get_config("quick/digits_mobilenet_v1.yaml")
+    small = [
+        *("MODEL.BACKBONE.VARIANT", variant, "MODEL.BACKBONE.NAME", family_of(variant).builder),
+        *("INPUT.TRAIN_SIZE", 32, "INPUT.TEST_SIZE", 32, "MODEL.DEVICE", "cpu"),
+        *("SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 4, "SOLVER.MAX_EPOCHS", 0.0, "SOLVER.WARMUP_EPOCHS", 0.0),
+        *("SOLVER.LOG_PERIOD", 1, "SOLVER.CHECKPOINT_PERIOD", 100, "SOLVER.CHECKPOINT_EPOCHS", 0.0),
+        *("TEST.EVAL_EPOCHS", 0.0, "TEST.EVAL_PERIOD", 0, "OUTPUT_DIR", str(output)),
+    ]
+    cfg.merge_from_list([*small, *overrides])
+    return cfg
 
 
 @pytest.fixture

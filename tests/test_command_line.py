@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, write_image_folder
 from detectron2.config import CfgNode
 
@@ -21,16 +22,34 @@ from imgcls.commands.recipe import training_config
 
 TRAINING = ["--config-file", "--resume", "--eval-only", "--num-gpus", "--num-machines", "--machine-rank", "--dist-url"]
 OPTIONS = {
-    "train_net": [*TRAINING, "--data", "--variant", "--output"],
-    "train_net_builtin": [*TRAINING, "--data", "--variant", "--output"],
+    "train_net": [*TRAINING, "--data", "--variant", "--output", "--replay"],
+    "train_net_builtin": [*TRAINING, "--data", "--variant", "--output", "--replay"],
     "train_detector": TRAINING,
     "convert_to_detection": ["--weights", "--output", "--fold-normalization", "--overwrite"],
     "verify_transfer": ["--weights", "--config-file", "--classifier"],
     "import_weights": ["--from", "--variant", "--tag", "--in-channels", "--mean", "--std", "--output", "--overwrite"],
     "make_detector_config": ["--detector", "--weights", "--variant", "--output", "--overwrite"],
+    "show_data": ["--config-file", "--data", "--output", "--count", "--epoch", "--split"],
     "analyze_model": ["--variant", "--size", "--classes"],
+    "pack_dataset": ["--data", "--output", "--short-side", "--quality", "--shard-size", "--workers", "--check"],
+    "benchmark_data": ["--data", "--with", "--shards", "--repeats", "--images", "--workers", "--dali-python", "--json"],
+    "doctor": ["--config-file", "--data", "--train", "--val", "--sample", "--workers", "--no-speed", "--json"],
+    "plot_run": ["--output", "--metrics", "--x"],
+    "sweep": ["--space", "--config-file", "--output", "--trials", "--jobs", "--pruner", "--seed", "--keep-weights"],
+    "plot_schedule": ["--config-file", "--schedules", "--images", "--output"],
+    "tune_thresholds": ["--weights", "--output", "--config-file", "--overwrite"],
 }
-TAKING_KEYS = ("train_net", "train_net_builtin", "train_detector", "verify_transfer")
+TAKING_KEYS = (
+    "train_net",
+    "train_net_builtin",
+    "train_detector",
+    "verify_transfer",
+    "tune_thresholds",
+    "show_data",
+    "sweep",
+    "plot_schedule",
+    "doctor",
+)
 COMMANDS = {
     "train": OPTIONS["train_net"],
     "train-builtin": OPTIONS["train_net"],
@@ -38,8 +57,18 @@ COMMANDS = {
     "verify": OPTIONS["verify_transfer"],
     "import-weights": OPTIONS["import_weights"],
     "make-detector-config": OPTIONS["make_detector_config"],
+    "show-data": OPTIONS["show_data"],
+    "benchmark-data": OPTIONS["benchmark_data"],
+    "doctor": OPTIONS["doctor"],
     "analyze": OPTIONS["analyze_model"],
+    "plot-schedule": OPTIONS["plot_schedule"],
+    "plot-run": OPTIONS["plot_run"],
+    "sweep": OPTIONS["sweep"],
+    "tune-thresholds": OPTIONS["tune_thresholds"],
     "train-detector": TRAINING,
+    "pack-dataset": OPTIONS["pack_dataset"],
+    "prepare-data": ["--root", "--from", "--splits", "--keep"],
+    "prepare-imagenet": ["--archives", "--output", "--counts", "--check-digests"],
     "prepare-voc": ["--root", "--output", "--splits"],
     "prepare-digits": ["--output"],
 }
@@ -121,7 +150,7 @@ def test_the_package_lists_its_commands(words: tuple[str, ...], run: Callable[..
 )
 def test_options_may_stand_anywhere(words: str) -> None:
     args = parse(training_parser(""), words.split())
-    assert (args.config_file, args.resume, args.eval_only, args.num_gpus) == ("a.yaml", True, False, 2)
+    assert (args.config_file, args.resume, args.eval_only, args.num_gpus) == (["a.yaml"], True, False, 2)
     assert args.opts == ["SOLVER.BASE_LR", "0.1", "MODEL.WEIGHTS", "w.pth"]
 
 
@@ -133,7 +162,7 @@ def test_values_may_begin_with_one_dash(value: str) -> None:
 
 def test_no_words_at_all() -> None:
     args = parse(training_parser(""), [])
-    assert (args.config_file, args.resume, args.opts) == ("", False, [])
+    assert (args.config_file, args.resume, args.opts) == ([], False, [])
 
 
 def test_every_command_with_pairs_takes_options_behind_them() -> None:
@@ -148,6 +177,9 @@ def test_every_command_with_pairs_takes_options_behind_them() -> None:
 # ----------------------------------------------------------------------------------------------------- one line, code 2
 
 QUICK = "quick/digits_mobilenet_v1.yaml"
+# Two YAMLs with a mistake, which lie beside the folder that a mistake is tried in.
+TYPO, TYPE = "../typo.yaml", "../type.yaml"
+BAD = {TYPO: "VERSION: 2\nSOLVER: {MAX_ITR: 3}\n", TYPE: "VERSION: 2\nSOLVER: {MAX_ITER: a few}\n"}
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown option": (["train_net", "--resum3"], "there is no option --resum3; did you mean --resume?"),
     "unknown option behind pairs": (
@@ -158,7 +190,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["verify_transfer", "--weights", "w", "--config-file", "c", "--zzz"],
         "no option --zzz",
     ),
-    "an option without its value": (["train_net", "--config-file"], "--config-file: expected one argument"),
+    "an option without its value": (["train_net", "--config-file"], "--config-file: expected at least one argument"),
     "no number": (["train_net", "--num-gpus", "two"], "--num-gpus: invalid int value: 'two'"),
     "a missing option": (["convert_to_detection", "--weights", "w.pth"], "required: --output"),
     "an unknown option of convert": (
@@ -178,7 +210,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "the last override has no value",
     ),
     "an unknown key": (["train_net", "--config-file", QUICK, "SOLVER.MAX_ITR", "3"], "SOLVER.MAX_ITER"),
-    "no such config": (["train_net", "--config-file", "quick/digits.yaml"], QUICK),
+    "no such config": (["train_net", "--config-file", "quick/digits_mobilenet.yaml"], QUICK),
     "no such folder": (["train_net", "--data", "/nowhere/at/all"], "there is no folder /nowhere/at/all"),
     "no such network": (["train_net", "--config-file", QUICK, "--variant", "mobilenet_v1_1.1"], "mobilenet_v1_1.0"),
     "evaluating nothing": (["train_net", "--config-file", QUICK, "--eval-only"], "add MODEL.WEIGHTS"),
@@ -187,6 +219,33 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "nothing like any command": (["imgcls", "zzz"], "there is no command 'zzz'; allowed: train, train-builtin, conv"),
     "an option before the command": (["imgcls", "--resume"], "there is no command '--resume'"),
     "unknown option of a command": (["imgcls", "train", "--dat", "d", "--resum3"], "there is no option --resum3"),
+    "an option that might be either": (["train_net", "--num", "2"], "no option --num; did you mean --num-gpus?"),
+    "a config before --config-file": (
+        ["train_net", "b.yaml", "--config-file", QUICK],
+        "configs come right behind --config-file FILE: b.yaml stands where a KEY should",
+    ),
+    "a config behind the pairs": (
+        ["train_net", "--config-file", QUICK, "SEED", "1", "b.yml"],
+        "b.yml stands where a KEY should",
+    ),
+    "configs in two places": (["train_net", "--config-file", QUICK, "--config-file", "b.yaml"], "is given twice"),
+    "no such second config": (["train_net", "--config-file", QUICK, "quick/digit.yaml"], "got 'quick/digit.yaml'"),
+    "an unknown key in the second config": (["train_net", "--config-file", QUICK, TYPO], f"SOLVER.MAX_ITR in {TYPO}"),
+    "a wrong type in the first config": (["train_net", "--config-file", TYPE, QUICK], f"SOLVER.MAX_ITER in {TYPE}"),
+    "a missing checkpoint": (
+        ["train_net", "--config-file", QUICK, "--resume", "gone.pth"],
+        "--resume gone.pth does not exist; name a checkpoint (there is none), or say --resume alone",
+    ),
+    "a folder for a checkpoint": (["train_net", "--config-file", QUICK, "--resume", "/"], "--resume / is a folder"),
+    "one process for several GPUs": (
+        ["train_net", "--config-file", QUICK, "--data-parallel", "OUTPUT_DIR", "my run"],
+        f"tools/train_net.py --config-file {QUICK} OUTPUT_DIR 'my run'\n",
+    ),
+    "the same, in the package": (
+        ["imgcls", "train", "--data", "d", "--data-parallel"],
+        "torchrun --standalone --nproc_per_node=2 -m imgcls train --data d\n",
+    ),
+    "no such option where there are no ranks": (["show_data", "--data-parallel"], "there is no option --data-parallel"),
 }
 
 
@@ -195,12 +254,16 @@ def test_a_mistake_is_one_line(
     case: str, run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, message = MISTAKES[case]
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, text in BAD.items():
+        Path(name).write_text(text)
     code, out, err = run(*words)
     assert code == 2 and "Traceback" not in out  # what is logged before goes to stdout
     assert err.startswith("error: ") and message in err
     assert err.count("\n") == 1 and err.endswith("\n")
-    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    assert list((tmp_path / "here").iterdir()) == []  # nothing was begun
 
 
 @pytest.mark.parametrize(

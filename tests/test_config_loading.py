@@ -278,6 +278,32 @@ def test_of_several_paths_the_later_wins(tmp_path: Path) -> None:
     assert load_config([one, two], ["SEED", "3"]).VIS_PERIOD == 1
 
 
+def test_what_a_later_file_changes_is_told_with_both_files(tmp_path: Path, log: list[str]) -> None:
+    base = write(tmp_path, "VERSION: 2\nSEED: 1\nSOLVER: {BASE_LR: 0.3}", "base.yaml")
+    one = write(tmp_path, "_BASE_: base.yaml\nVIS_PERIOD: 1\nSOLVER: {GAMMA: 0.2}", "one.yaml")
+    two = write(tmp_path, "VERSION: 2\nSEED: 1\nSOLVER: {BASE_LR: 0.5, GAMMA: 0.4, MOMENTUM: 0.8}", "two.yaml")
+    cfg = load_config([one, two], ["SOLVER.GAMMA", "0.6"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.GAMMA, cfg.VIS_PERIOD) == (0.5, 0.6, 1)
+    assert log == [f"{two}: SOLVER.BASE_LR 0.3 ({base}) becomes 0.5; SOLVER.GAMMA 0.2 ({one}) becomes 0.4"]
+    log.clear()
+    load_config([two, write(tmp_path, "VERSION: 2\nSEED: 1\nSOLVER: {STEPS: [7]}", "three.yaml")])
+    assert log == []  # nothing that another file had said
+
+
+def test_a_later_file_is_an_override_of_lengths_and_expectations(tmp_path: Path, log: list[str]) -> None:
+    expected = 'TEST: {EXPECTED_RESULTS: [["classification", "top1", 70.0, 1.0]]}'
+    one = write(tmp_path, f"VERSION: 2\nSOLVER: {{MAX_EPOCHS: 90.0, WARMUP_EPOCHS: 5.0}}\n{expected}", "one.yaml")
+    two = write(tmp_path, "VERSION: 2\nSOLVER: {MAX_ITER: 3}", "two.yaml")
+    cfg = load_config([one, two])
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.MAX_EPOCHS, cfg.SOLVER.WARMUP_EPOCHS) == (3, 0.0, 5.0)
+    assert f"SOLVER.MAX_ITER given in {two} replaces SOLVER.MAX_EPOCHS 90.0" in log
+    assert cfg.TEST.EXPECTED_RESULTS == [] and load_config([two, one]).TEST.EXPECTED_RESULTS != []
+    both = write(tmp_path, "VERSION: 2\nSOLVER: {MAX_ITER: 3, MAX_EPOCHS: 2.0}", "both.yaml")
+    assert load_config([one, both]).SOLVER.MAX_EPOCHS == 2.0
+    other = write(tmp_path, "VERSION: 2\nSEED: 3", "other.yaml")
+    assert load_config([one, other]).TEST.EXPECTED_RESULTS != []
+
+
 def test_a_base_shared_by_two_bases_is_no_circle(tmp_path: Path) -> None:
     write(tmp_path, "A: 1", "root.yaml")
     write(tmp_path, "_BASE_: root.yaml", "left.yaml")
@@ -590,6 +616,7 @@ SOLVER:
   WARMUP_EPOCHS: 5.0
   STEPS_EPOCHS: [30, 60]
   CHECKPOINT_EPOCHS: 1.0
+  DECAY_EPOCHS: 2.4
 TEST:
   EVAL_EPOCHS: 2.0
   EXPECTED_RESULTS: [["classification", "top1", 70.6, 0.5]]
@@ -599,6 +626,7 @@ PAIRS = [
     ("SOLVER.WARMUP_ITERS", "2", "SOLVER.WARMUP_EPOCHS", 5.0, 0.0),
     ("SOLVER.STEPS", "(1, 2)", "SOLVER.STEPS_EPOCHS", [30, 60], []),
     ("SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.CHECKPOINT_EPOCHS", 1.0, 0.0),
+    ("SOLVER.DECAY_ITERS", "6", "SOLVER.DECAY_EPOCHS", 2.4, 0.0),
     ("TEST.EVAL_PERIOD", "5", "TEST.EVAL_EPOCHS", 2.0, 0.0),
 ]
 

@@ -31,10 +31,27 @@ from torch import nn
 import imgcls
 from imgcls.__main__ import COMMANDS
 from imgcls.checkpoint import write_checkpoint
-from imgcls.commands import analyze, make_detector_config, prepare_digits, prepare_voc, train_detector, verify
+from imgcls.commands import (
+    analyze,
+    benchmark_data,
+    doctor,
+    make_detector_config,
+    pack_dataset,
+    plot_run,
+    plot_schedule,
+    prepare_data,
+    prepare_digits,
+    prepare_imagenet,
+    prepare_voc,
+    show_data,
+    sweep,
+    train_detector,
+    verify,
+)
 from imgcls.commands import convert as convert_command
 from imgcls.commands import import_weights as import_command
 from imgcls.commands import train as train_command
+from imgcls.commands import tune_thresholds as tune_command
 from imgcls.commands.arguments import parse
 from imgcls.config import find_config, load_config
 from imgcls.data import digit_canvases
@@ -44,11 +61,18 @@ from imgcls.transfer import convert, detector_fragment, read_handover
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "add-a-network", "configuration", "detection", "hand-over", "import-weights", "networks", "own-images", "sandbox",
-    "timm", "training",
+    "add-a-network", "augmentation", "bad-input", "configuration", "data-sets", "data-speed", "detection", "doctor",
+    "hand-over", "import-weights", "lists", "multi-label", "networks", "own-images", "recipes", "sampling", "sandbox",
+    "schedules", "seeing-runs", "shards", "sweep", "timm", "training",
 )))  # fmt: skip
 # YAMLs of the reader's own, which no checkout has.
-READERS_OWN = {"my_detector.yaml", "lite0_retinanet.yaml", "lite0.classifier.yaml"}
+READERS_OWN = {
+    "my_machine.yaml",
+    "output/digits_sweep/best.yaml",
+    "my_detector.yaml",
+    "lite0_retinanet.yaml",
+    "lite0.classifier.yaml",
+}
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 
@@ -152,10 +176,21 @@ PARSE: dict[str, Callable[[], Parse]] = {
     "tools/train_detector.py": lambda: overriding(train_detector.parser()),
     "tools/import_weights.py": lambda: import_command.parser().parse_args,
     "tools/make_detector_config.py": lambda: make_detector_config.parser().parse_args,
+    "tools/plot_schedule.py": lambda: overriding(plot_schedule.parser()),
+    "tools/plot_run.py": lambda: plot_run.parser().parse_args,
+    "tools/sweep.py": lambda: overriding(sweep.parser()),
+    "tools/tune_thresholds.py": lambda: overriding(tune_command.parser()),
+    "tools/benchmark_data.py": lambda: benchmark_data.parser().parse_args,
+    "tools/doctor.py": lambda: overriding(doctor.parser()),
+    "tools/show_data.py": lambda: overriding(show_data.parser()),
     "tools/analyze_model.py": lambda: analyze.parser().parse_args,
+    "tools/pack_dataset.py": lambda: pack_dataset.parser().parse_args,
+    "scripts/prepare_data.py": lambda: prepare_data.parser().parse_args,
+    "scripts/prepare_imagenet.py": lambda: prepare_imagenet.parser().parse_args,
     "scripts/prepare_voc.py": lambda: only_parsing(prepare_voc.main),
     "scripts/prepare_digit_detection.py": lambda: only_parsing(prepare_digits.main),
     "scripts/demo.py": lambda: only_parsing(load_script("scripts/demo.py").main),
+    "scripts/loader_memory.py": lambda: only_parsing_no_words(load_script("scripts/loader_memory.py").main),
     "scripts/parity_campaign.py": lambda: only_parsing_no_words(load_script("scripts/parity_campaign.py").main),
     "scripts/timm_campaign.py": lambda: only_parsing_no_words(load_script("scripts/timm_campaign.py").main),
     "docs/render_tables.py": lambda: only_parsing(load_script("docs/render_tables.py").main),
@@ -168,7 +203,17 @@ PACKAGED = {
     "train-detector": "tools/train_detector.py",
     "import-weights": "tools/import_weights.py",
     "make-detector-config": "tools/make_detector_config.py",
+    "show-data": "tools/show_data.py",
+    "benchmark-data": "tools/benchmark_data.py",
+    "doctor": "tools/doctor.py",
     "analyze": "tools/analyze_model.py",
+    "plot-schedule": "tools/plot_schedule.py",
+    "plot-run": "tools/plot_run.py",
+    "sweep": "tools/sweep.py",
+    "tune-thresholds": "tools/tune_thresholds.py",
+    "pack-dataset": "tools/pack_dataset.py",
+    "prepare-data": "scripts/prepare_data.py",
+    "prepare-imagenet": "scripts/prepare_imagenet.py",
     "prepare-voc": "scripts/prepare_voc.py",
     "prepare-digits": "scripts/prepare_digit_detection.py",
 }
@@ -223,11 +268,13 @@ def parsing_complaint(program: str, words: Sequence[str]) -> str:
 
 def check_config(args: argparse.Namespace) -> None:
     """The files, keys and names that a parsed command line gives."""
-    config = getattr(args, "config_file", "")
+    config = getattr(args, "config_file", None) or []
     variants = getattr(args, "variant", "") or []
     for variant in [variants] if isinstance(variants, str) else variants:
         family_of(variant)
-    load_config(find_config(config) if config and config not in READERS_OWN else [], getattr(args, "opts", []))
+    # tools/plot_schedule.py takes one such list a curve.
+    for curve in config if config and isinstance(config[0], list) else [config]:
+        load_config([find_config(name) for name in curve if name not in READERS_OWN], getattr(args, "opts", []))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -347,7 +394,11 @@ def test_rendered_tables_are_current(page: str, tables: ModuleType) -> None:
 
 def test_every_table_has_its_place(tables: ModuleType) -> None:
     places = re.findall(r"<!-- rendered: (\w+) -->", "".join(map(text_of, PAGES)))
-    assert sorted(places) == sorted(tables.TABLES) == ["demo", "families", "keys", "networks", "sets", "transforms"]
+    assert (
+        sorted(places)
+        == sorted(tables.TABLES)
+        == sorted(["demo", "families", "keys", "networks", "policies", "recipes", "sets", "transforms"])
+    )
 
 
 def flat(node: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -15,15 +15,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.utils import comm
-from PIL import Image
-from torchvision.transforms import functional as F
 
 import imgcls
-from imgcls.config import all_problems
 from imgcls.data import ClsMapper, build_test_loader, build_train_loader
 from imgcls.data.datasets import ArraySource, FolderSource
 from imgcls.data.mapper import SampleError
-from imgcls.data.transforms import TRANSFORMS, train_transform
+from imgcls.data.samplers import Draw
 from imgcls.data.transforms import test_transform as evaluation_transform  # pytest would take the name for a test
 from imgcls.structures import Batch
 
@@ -254,86 +251,7 @@ def test_a_picture_too_small_for_the_crop_is_named(workers: int, cfg: CfgNode, f
 def test_an_array_has_a_number_instead_of_a_file() -> None:
     mapper = ClsMapper(evaluation_transform(0, 8, "bilinear"), side=9)
     with pytest.raises(SampleError, match=r"gave \(8, 8\) pixels for sample 5; expected 9 x 9"):
-        mapper({"image_id": 5, "label": 0, "pixels": np.zeros((4, 4), np.uint8)})
-
-
-# ---------------------------------------------------------------------------------------------------------- transforms
-
-
-def test_the_evaluation_transform_is_the_usual_one() -> None:
-    """Short side to 12 and the middle 8 of it, by torchvision's functions; with 0 the whole picture."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
-    small = image.resize((20, 12), Image.Resampling.BILINEAR)
-    expected = F.pil_to_tensor(small.crop((6, 2, 14, 10)))
-    assert torch.equal(evaluation_transform(12, 8, "bilinear")(image), expected)
-    whole = F.pil_to_tensor(image.resize((8, 8), Image.Resampling.BICUBIC))
-    assert torch.equal(evaluation_transform(0, 8, "bicubic")(image), whole)
-    assert not torch.equal(evaluation_transform(0, 8, "bilinear")(image), whole)
-
-
-ARGUMENTS: dict[str, list[Any]] = {
-    "random_resized_crop": [0.2, 0.9],
-    "random_crop": [3],
-    "resize": [],
-    "horizontal_flip": [1.0],
-    "random_affine": [10.0, 0.1, 0.9, 1.1],
-    "color_jitter": [0.1, 0.2, 0.3, 0.1],
-    "random_invert": [1.0],
-}
-
-
-def test_the_transforms_are_these() -> None:
-    assert sorted(TRANSFORMS) == sorted(ARGUMENTS)
-
-
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_each_transform_does_something(name: str) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    side = 16 if name in ("random_resized_crop", "random_crop", "resize") else 24
-    for arguments in ([], ARGUMENTS[name]):
-        torch.manual_seed(0)
-        made = [train_transform([[name, *arguments]], side, "bilinear")(image) for _ in range(8)]
-        assert all((one.shape, one.dtype) == ((3, side, side), torch.uint8) for one in made)
-        changed = any(one.shape[1] != 24 or not torch.equal(one, F.pil_to_tensor(image)) for one in made)
-        assert changed == (name != "random_affine" or bool(arguments))  # whose defaults are the identity
-    if name == "horizontal_flip":
-        assert torch.equal(made[0], F.pil_to_tensor(image).flip(2))
-    if name == "random_invert":
-        assert torch.equal(made[0], 255 - F.pil_to_tensor(image))
-
-
-WRONG_ROWS = {
-    "no such name": (["horizontal_flop"], "there is no such transform: got 'horizontal_flop'; .*mean horizontal_flip?"),
-    "not like any": (["zzz"], "got 'zzz'; allowed: random_resized_crop, random_crop, resize"),
-    "a bare name": ("resize", r"a transform is not a row: got \'resize\'; allowed: a list \[name, arguments...\]"),
-    "an empty row": ([], "a transform is not a row"),
-    "a list for a name": ([["resize"]], "a transform is not a row"),
-    "too many arguments": (["resize", 3], r"resize does not take these arguments .*got \[3\]; allowed: none"),
-    "no probability": (["horizontal_flip", 2.0], r"got \[2.0\]; allowed: probability \(default 0.5\)"),
-    "no number": (["random_crop", "wide"], r"random_crop does not take these arguments .*padding \(default 0\)"),
-    "areas the wrong way round": (["random_resized_crop", 1.0, 0.5], "the smaller one first"),
-    "a shift that shows when it draws": (["random_affine", 0, 3.0], "random_affine does not take these arguments"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_ROWS)
-def test_a_wrong_row_is_found_before_anything_is_built(case: str, cfg: CfgNode, folder: FolderSource) -> None:
-    row, message = WRONG_ROWS[case]
-    with pytest.raises(ValueError, match=message + ".*change INPUT.TRAIN_TRANSFORMS"):
-        train_transform([["resize"], row], SIDE, "bilinear")
-    cfg.INPUT.TRAIN_TRANSFORMS = [["resize"], row]
-    (problem,) = [problem for problem in all_problems(cfg) if problem.key == "INPUT.TRAIN_TRANSFORMS"]
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"  # whose configs do not read the key
-    assert "INPUT.TRAIN_TRANSFORMS" not in {found.key for found in all_problems(cfg)}
-    assert str(problem).count("\n") == 0
-
-
-def test_right_rows_are_no_problem_and_draw_nothing(cfg: CfgNode) -> None:
-    cfg.INPUT.TRAIN_TRANSFORMS = [[name, *arguments] for name, arguments in ARGUMENTS.items()]
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    assert "INPUT.TRAIN_TRANSFORMS" not in {problem.key for problem in all_problems(cfg)}
-    assert torch.equal(torch.get_rng_state(), before)
+        mapper({"image_id": 5, "label": 0, "pixels": np.zeros((4, 4), np.uint8)}, Draw(0, 5))
 
 
 # ---------------------------------------------------------------------------------------------------------- detectron2

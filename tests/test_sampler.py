@@ -20,9 +20,9 @@ WORLDS = (1, 2, 3, 4, 6, 12)
 def batches(
     size: int, batch: int, *, start: int = 0, stop: int = 20, seed: int = 0, rank: int = 0, world: int = 1
 ) -> list[list[Key]]:
-    return list(
-        CounterBatchSampler(size, global_batch=batch, seed=seed, start=start, stop=stop, rank=rank, world=world)
-    )
+    sampler = CounterBatchSampler(size, global_batch=batch, seed=seed, start=start, stop=stop, rank=rank, world=world)
+    assert all(draw[2:] == (0, 0) for draws in sampler for draw in draws)  # no repeats, the usual size
+    return [[draw[:2] for draw in draws] for draws in sampler]
 
 
 def slowly(size: int, batch: int, seed: int, iteration: int) -> list[Key]:

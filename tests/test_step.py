@@ -142,8 +142,8 @@ def test_an_unknown_way_to_clip_or_optimizer_is_refused(classifier_cfg):
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "l1"
     with pytest.raises(ValueError, match=r"way to clip: got 'l1'.*full_model.*CLIP_TYPE"):
         clip_gradients(cfg, [])
-    cfg.SOLVER.OPTIMIZER = "Adagrad"
-    with pytest.raises(ValueError, match=r"no such optimizer: got 'Adagrad'.*SGD, AdamW.*SOLVER.OPTIMIZER"):
+    cfg.SOLVER.OPTIMIZER = "Adamw"
+    with pytest.raises(ValueError, match=r"no such optimizer: got 'Adamw'.*SGD, AdamW.*SOLVER.OPTIMIZER"):
         build_optimizer(cfg, nn.Linear(2, 2))
 
 

@@ -95,7 +95,9 @@ def newest_whole(folder: Path) -> Path | None:
     over; where all are damaged it is a ``ValueError``: starting again at 0 must be the user's decision.
     """
     candidates = sorted(
-        (path for path in folder.glob("model_*.pth") if path.name != BEST), key=_iteration, reverse=True
+        (path for path in folder.glob("model_*.pth") if path.name != BEST),
+        key=lambda path: (iteration_of(path), path.name),
+        reverse=True,
     )
     for path in candidates:
         if is_whole(path):
@@ -123,15 +125,16 @@ def is_whole(path: Path) -> bool:
     return "digest" not in content or content["digest"] == content_digest(content)
 
 
-def _iteration(path: Path) -> tuple[int, str]:
+def iteration_of(path: Path) -> int:
+    """The iteration after which a checkpoint was written, by its manifest, its name or its content; -1: unknown."""
     manifest = read_manifest(path)
     if manifest is not None:
-        return manifest["iteration"], path.name
+        return int(manifest["iteration"])
     number = path.stem.removeprefix("model_")
     if number.isdecimal():
-        return int(number), path.name
+        return int(number)
     stated = (_content(path) or {}).get("iteration")
-    return (stated if isinstance(stated, int) else -1), path.name
+    return stated if isinstance(stated, int) else -1
 
 
 def _content(path: Path) -> dict[str, Any] | None:

@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from detectron2.config import CfgNode
-from PIL import Image
 
 from imgcls.config import find_config, load_config
-from imgcls.data import open_source, splits_below
-from imgcls.data.datasets import FolderSource
+from imgcls.data import Source, open_source, splits_below
+from imgcls.data.datasets.known_sets import KNOWN_SETS
+from imgcls.data.reading import ImageError, read_size
 from imgcls.modeling import family_of
 
 logger = logging.getLogger(__name__)
 
 FOLDER_RECIPE = "folder/from_scratch.yaml"
 SMALL_IMAGE = 64  # pixels: up to this short side the network keeps its resolution (small stem)
-ROOTED_SETS = ("imagenet_", "cifar10_", "mnist_")  # sets for which --data names the root
+ROOTED_SETS = tuple(f"{name}_" for name in KNOWN_SETS)  # sets for which --data names the root
 _SAMPLE = 50
 
 
 def training_config(args: argparse.Namespace) -> CfgNode:
     """The config of ``--config-file``, or of ``--data`` alone, with the other options and the overrides applied.
 
-    Order of precedence: KEY VALUE pairs, then options, then what the images suggest, then the YAML.
+    Order of precedence: KEY VALUE pairs, then options, then what the images suggest, then the YAMLs, the last first.
     """
     if not (args.config_file or args.data):
         raise ValueError(
             "nothing says what to train: give --config-file FILE, or --data DIR (a folder of class folders)"
         )
     overrides = _from_options(args)
-    if args.config_file:
-        path = find_config(args.config_file)
-        overrides = [*_data_for_config(args.data, load_config(path)), *overrides]
-    else:
-        path = find_config(FOLDER_RECIPE)
-        overrides = [*_data_for_folder(args.data), *overrides]
-    return load_config(path, [*overrides, *args.opts])
+    paths = [find_config(name) for name in args.config_file or [FOLDER_RECIPE]]
+    suggested = _data_for_config(args.data, paths) if args.config_file else _data_for_folder(args.data)
+    return load_config(paths, [*suggested, *overrides, *args.opts])
 
 
 def _from_options(args: argparse.Namespace) -> list[str]:
@@ -50,10 +49,11 @@ def _from_options(args: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def _data_for_config(data: str, cfg: CfgNode) -> list[str]:
+def _data_for_config(data: str, paths: Sequence[Path]) -> list[str]:
     """``--data`` beside a config: the root of the sets that it names, or, where those have no root, a folder."""
     if not data:
         return []
+    cfg = load_config(paths)
     names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     if names and all(name.startswith(ROOTED_SETS) for name in names):
         return ["DATASETS.ROOT", repr(data)]
@@ -62,9 +62,7 @@ def _data_for_config(data: str, cfg: CfgNode) -> list[str]:
 
 def _data_for_folder(data: str) -> list[str]:
     train, _ = splits_below(data)
-    source = open_source(train)
-    assert isinstance(source, FolderSource)
-    return [*_sets_of(data), *_sizes_for(source)]
+    return [*_sets_of(data), *sizes_for(open_source(train))]
 
 
 def _sets_of(data: str) -> list[str]:
@@ -72,14 +70,11 @@ def _sets_of(data: str) -> list[str]:
     return ["DATASETS.TRAIN", repr((train,)), "DATASETS.TEST", repr((test,))]
 
 
-def _sizes_for(source: FolderSource) -> list[str]:
+def sizes_for(source: Source) -> list[str]:
     """Input sizes for pictures of thumbnail size; larger ones keep the recipe's 224."""
     step = max(1, len(source) // _SAMPLE)
-    sides = []
-    for index in range(0, len(source), step):
-        with Image.open(source.path(index)) as image:
-            sides.append(min(image.size))
-    side = int(median(sides))
+    sides = [_short_side(source[index]) for index in range(0, len(source), step)]
+    side = int(median([side for side in sides if side] or [SMALL_IMAGE + 1]))
     if side > SMALL_IMAGE:
         return []
     # He et al. 2015, section 4.2: crops of the picture's own size from a border of an eighth.
@@ -89,3 +84,13 @@ def _sizes_for(source: FolderSource) -> list[str]:
         *("INPUT.TRAIN_SIZE", str(side), "INPUT.TEST_SIZE", str(side), "INPUT.TEST_RESIZE", "0"),
         *("INPUT.TRAIN_TRANSFORMS", repr(transforms), "MODEL.BACKBONE.STEM", "small"),
     ]
+
+
+def _short_side(sample: dict[str, Any]) -> int:
+    """Pixels; 0 for a file that is no picture, which is for the set's own check to name."""
+    if "pixels" in sample:
+        return int(min(sample["pixels"].shape[:2]))
+    try:
+        return min(read_size(sample["file_name"] if "file_name" in sample else sample["encoded"]))
+    except ImageError:
+        return 0

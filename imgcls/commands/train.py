@@ -12,11 +12,12 @@ from typing import Any
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from imgcls.checkpoint import newest_whole
+from imgcls.checkpoint import checkpoint_to_resume
 from imgcls.commands.arguments import one_line_errors, parse, training_parser
 from imgcls.commands.recipe import training_config
-from imgcls.engine import ClsTrainer, Run, setup, start_log, train
+from imgcls.engine import ClsTrainer, Run, finalize, setup, start_log, train
 from imgcls.engine.distributed import launch
+from imgcls.engine.replay import replay, told
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,10 @@ def parser(builtin: bool = False) -> argparse.ArgumentParser:
         "--data", default="", metavar="DIR", help="folder of class folders, or the root of the config's data set"
     )
     made.add_argument("--variant", default="", metavar="NAME", help="network, e.g. mobilenet_v1_1.0")
-    made.add_argument("--output", default="", metavar="DIR", help="OUTPUT_DIR")
+    made.add_argument("--output", default="", metavar="DIR", help="OUTPUT_DIR; with --eval-only for tables of classes")
+    made.add_argument(
+        "--replay", default="", metavar="FILE", help="take the step again that a replay_*.pth was written for, and stop"
+    )
     made.set_defaults(builtin=builtin)
     return made
 
@@ -40,10 +44,13 @@ def work(args: argparse.Namespace) -> None:
     start_log("")
     cfg = training_config(args)
     if args.eval_only and args.resume:
-        cfg.MODEL.WEIGHTS = str(newest_whole(Path(cfg.OUTPUT_DIR)) or cfg.MODEL.WEIGHTS)
+        cfg.MODEL.WEIGHTS = str(checkpoint_to_resume(args.resume, Path(cfg.OUTPUT_DIR)) or cfg.MODEL.WEIGHTS)
+    if args.replay:
+        print(told(replay(Run(*finalize(cfg)), Path(args.replay))))
+        return
     cfg, data = setup(cfg, resume=args.resume, eval_only=args.eval_only)
     if args.eval_only:
-        _evaluate(Run(cfg, data))
+        _evaluate(Run(cfg, data), args.output)
         return
     if args.builtin:
         trainer = ClsTrainer(cfg, data)
@@ -56,10 +63,14 @@ def work(args: argparse.Namespace) -> None:
     _judge(cfg, results)
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: Run, output: str) -> None:
     run.load_initial(run.cfg.MODEL.WEIGHTS)
     results = run.evaluate()
+    logger.info("classes:\n%s", run.class_table())
     if comm.is_main_process():
+        if output:
+            Path(output).mkdir(parents=True, exist_ok=True)
+            run.write_class_tables(Path(output))
         print_results(results)
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from imgcls.checkpoint import SafeCheckpointer
+from imgcls.checkpoint import Resume, SafeCheckpointer, checkpoint_to_resume, continues
 from imgcls.commands.arguments import one_line_errors, parse, training_parser
 from imgcls.commands.train import print_results
 from imgcls.config import find_config, load_config, require_sound
 from imgcls.engine import describe, start_log
-from imgcls.engine.detector import DetectorTrainer, register_detection_sets
+from imgcls.engine.detector import DETECTOR_STATE, DetectorTrainer, register_detection_sets
 from imgcls.engine.distributed import first_rank_does, launch, wrap_for_ranks
 from imgcls.engine.output_dir import claim
+from imgcls.engine.setup import decide_device
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,10 +34,8 @@ def parser() -> argparse.ArgumentParser:
 def _config(args: argparse.Namespace) -> CfgNode:
     if not args.config_file:
         raise ValueError("give the detector's YAML: --config-file configs/detection/mobilenet_v1_retinanet_fpn.yaml")
-    args.config_file = str(find_config(args.config_file))
-    cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg = load_config([find_config(name) for name in args.config_file], args.opts)
+    decide_device(cfg)
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         raise ValueError("detectron2's detectors train with AMP on GPUs only; set SOLVER.AMP.ENABLED False")
     register_detection_sets(cfg)
@@ -48,8 +48,12 @@ def work(args: argparse.Namespace) -> None:
     """What each process does."""
     start_log("")
     cfg = _config(args)
+    if isinstance(args.resume, str):
+        checkpoint_to_resume(args.resume, Path(cfg.OUTPUT_DIR), state=DETECTOR_STATE)
+        if args.eval_only:
+            cfg.MODEL.WEIGHTS, args.resume = args.resume, False
     if not args.eval_only:
-        first_rank_does(lambda: claim(cfg.OUTPUT_DIR, resume=args.resume))
+        first_rank_does(lambda: claim(cfg.OUTPUT_DIR, resume=continues(args.resume, Path(cfg.OUTPUT_DIR))))
     cfg.freeze()
     start_log("" if args.eval_only else cfg.OUTPUT_DIR)
     if not args.eval_only:
@@ -63,14 +67,14 @@ def work(args: argparse.Namespace) -> None:
             sys.exit(1)
 
 
-def _train(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+def _train(cfg: CfgNode, resume: Resume) -> dict[str, Any]:
     trainer = DetectorTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return getattr(trainer, "_last_eval_results", {})
 
 
-def _evaluate(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+def _evaluate(cfg: CfgNode, resume: Resume) -> dict[str, Any]:
     if not (cfg.MODEL.WEIGHTS or resume):
         raise ValueError("--eval-only needs the weights to evaluate: add MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
     model = DetectorTrainer.build_model(cfg)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from imgcls.commands.arguments import one_line_errors, overriding_parser, parse
+from imgcls.commands.arguments import add_config_file, one_line_errors, overriding_parser, parse
 from imgcls.config import find_config, load_config
 from imgcls.transfer import verify
 
@@ -14,7 +14,7 @@ from imgcls.transfer import verify
 def parser() -> argparse.ArgumentParser:
     made = overriding_parser(__doc__ or "")
     made.add_argument("--weights", required=True, metavar="FILE", help="written by convert_to_detection")
-    made.add_argument("--config-file", required=True, metavar="FILE", help="the detector's YAML")
+    add_config_file(made, "the detector's YAML", required=True)
     made.add_argument("--classifier", metavar="FILE", help="the checkpoint it was made from: compare whole maps")
     return made
 
@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(parser(), argv)
     # MODEL.WEIGHTS is the file under test, whatever the YAML names.
-    cfg = load_config(find_config(args.config_file), [*args.opts, "MODEL.WEIGHTS", args.weights])
+    paths = [find_config(name) for name in args.config_file]
+    cfg = load_config(paths, [*args.opts, "MODEL.WEIGHTS", args.weights])
     outcome = verify(args.weights, cfg, args.classifier)
     print(outcome.text())
     if not outcome.passed:

@@ -64,6 +64,11 @@ def from_zero(below: float = inf) -> Limit:
     return Limit(text, lambda value: _is_number(value) and 0 <= value < below)
 
 
+def share() -> Limit:
+    """A number from 0 to 1, both included."""
+    return Limit("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+
+
 def above_zero() -> Limit:
     """A finite number greater than 0."""
     return Limit("a finite number > 0", lambda value: _is_number(value) and value > 0)
@@ -93,6 +98,19 @@ def each(limit: Limit, count: int | None = None, *, rising: bool = False) -> Lim
         )
 
     return Limit(text, holds)
+
+
+def _are_size_steps(rows: Any) -> bool:
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, list | tuple) and len(row) == 2 for row in rows):
+        return False
+    epochs = [row[0] for row in rows]
+    return each(from_zero(), rising=True).holds(epochs) and all(whole(1).holds(side) for _, side in rows)
+
+
+def _are_views(rows: Any) -> bool:
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, list | tuple) and len(row) == 3 for row in rows):
+        return False
+    return all(each(whole(1)).holds(row[:2]) and isinstance(row[2], str | list | tuple) for row in rows)
 
 
 # True of any run that detectron2 can make, a stock detector's included.
@@ -131,20 +149,68 @@ OUR_BACKBONE: dict[str, Limit] = {
 
 # Only in classification; a detector leaves these keys unread, or reads names of its own there.
 CLASSIFIER: dict[str, Limit] = {
-    "SOLVER.LR_SCHEDULER_NAME": one_of("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
-    "SOLVER.OPTIMIZER": one_of("SGD", "AdamW"),
+    "SOLVER.LR_SCHEDULER_NAME": one_of(
+        *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "WarmupStepLR", "WarmupExponentialLR"),
+        *("WarmupPolynomialLR", "WarmupLinearLR", "WarmupCosineRestartsLR", "WarmupConstantLR"),
+        *("OneCycleLR", "PlateauLR"),
+    ),
+    "SOLVER.DECAY_EPOCHS": from_zero(),
+    "SOLVER.DECAY_ITERS": whole(1),
+    "SOLVER.POLYNOMIAL_POWER": above_zero(),
+    "SOLVER.RESTART_CYCLES": whole(1),
+    "SOLVER.RESTART_GROWTH": above_zero(),
+    "SOLVER.PLATEAU_PATIENCE": whole(0),
+    "SOLVER.OPTIMIZER": one_of(
+        *("SGD", "AdamW", "Adam", "NAdam", "RAdam", "Adagrad", "RMSprop", "RMSpropTF", "LAMB", "LARS", "Lion", "Muon")
+    ),
+    "SOLVER.SQUARE_DECAY": from_zero(below=1),
+    "SOLVER.EPS": from_zero(),
+    "SOLVER.LAYER_DECAY": Limit("a number > 0 and <= 1", lambda value: _is_number(value) and 0 < value <= 1),
+    "SOLVER.LR_FOR_BATCH": whole(0),
+    "SOLVER.ACCUMULATE": whole(1),
+    "SOLVER.EMA.DECAY": from_zero(below=1),
+    "SOLVER.NON_FINITE": one_of("stop", "skip"),
+    "SOLVER.NON_FINITE_MOST": whole(0),
+    "SOLVER.LR_SCALING": one_of("linear", "sqrt"),
+    "SOLVER.WRITERS": each(one_of("tensorboard", "mlflow", "wandb")),
     "SOLVER.BETAS": each(from_zero(below=1), 2),
     "SOLVER.AMP.DTYPE": one_of("float16", "bfloat16"),
     "TEST.IMS_PER_BATCH": whole(1),
+    "TEST.METRIC": one_of(
+        "auto", "top1", "top5", "balanced_accuracy", "mAP", "micro_f1", "macro_f1", "subset_accuracy", "loss"
+    ),
+    "DATASETS.HOLD_OUT": Limit("a number > 0 and < 1", lambda value: _is_number(value) and 0 < value < 1),
+    "DATASETS.SPLIT_SEED": whole(0),
     "DATALOADER.TIMEOUT": from_zero(),
+    "DATALOADER.ON_ERROR": one_of("raise", "skip"),
+    "DATALOADER.MAX_BAD_SHARE": share(),
+    "DATALOADER.SAMPLING": one_of("shuffle", "balanced", "weighted"),
+    "DATALOADER.SHUFFLE_BLOCK": whole(0),
+    "DATALOADER.REPEATS": whole(1),
     "DATALOADER.PACKING": one_of("tensors", "dicts"),
     "MODEL.HEAD.NUM_CLASSES": whole(0),
     "MODEL.HEAD.DROPOUT": either(-1.0, from_zero(below=1)),
     "MODEL.HEAD.AUX_WEIGHT": from_zero(),
     "MODEL.LOSS.LABEL_SMOOTHING": from_zero(below=1),
+    "MODEL.LOSS.CLASS_WEIGHTS": either(["balanced"], each(above_zero())),
+    "MODEL.LOSS.POS_WEIGHTS": either(["balanced"], each(above_zero())),
+    "MODEL.LOSS.GAMMA": from_zero(),
+    "MODEL.LOSS.ALPHA": either(-1.0, from_zero(below=1)),
+    "MODEL.LOSS.GAMMA_POS": from_zero(),
+    "MODEL.LOSS.GAMMA_NEG": from_zero(),
+    "MODEL.LOSS.CLIP": from_zero(below=1),
     "INPUT.TRAIN_SIZE": whole(1),
     "INPUT.TEST_SIZE": whole(1),
     "INPUT.TEST_RESIZE": whole(0),
+    "INPUT.MAX_PIXELS": whole(1, 178_956_970),  # where Pillow itself refuses
+    "INPUT.MIXUP_ALPHA": from_zero(),
+    "INPUT.CUTMIX_ALPHA": from_zero(),
+    "INPUT.MIX_PROB": share(),
+    "INPUT.MIX_SWITCH_PROB": share(),
+    "INPUT.TRAIN_SIZE_STEPS": Limit("rows [epoch, side], epochs from 0 on and rising, sides > 0", _are_size_steps),
+    "INPUT.VIEWS": Limit("rows [count, side, transforms or policy], counts and sides > 0", _are_views),
+    "INPUT.TRAIN_DECODE": one_of("fast", "exact"),
+    "INPUT.TEST_DECODE": one_of("fast", "exact"),
     "INPUT.INTERPOLATION": one_of("nearest", "bilinear", "bicubic"),
 }
 

@@ -62,11 +62,23 @@ def _add_head(cfg: CfgNode) -> None:
     _set_new(head, "DROPOUT", -1.0)  # probability in [0, 1), before the last linear layer; -1: the paper's
     # Weight of each auxiliary head's loss, for networks that have some (GoogLeNet, Inception v3); 0: without them.
     _set_new(head, "AUX_WEIGHT", 0.3)
+    # Several classes a picture, or none: scores go through a sigmoid each. Set from the data; no need to state it.
+    _set_new(head, "MULTI_LABEL", False)
     # True: MODEL.WEIGHTS may come without a head or with another number of classes; the head starts at random.
     _set_new(head, "RESET", False)
     _set_new(cfg.MODEL, "LOSS", {})
     _set_new(cfg.MODEL.LOSS, "NAME", "CrossEntropy")  # a name in LOSS_REGISTRY
-    _set_new(cfg.MODEL.LOSS, "LABEL_SMOOTHING", 0.0)  # in [0, 1); Szegedy et al. 2016 use 0.1
+    loss = cfg.MODEL.LOSS
+    _set_new(loss, "LABEL_SMOOTHING", 0.0)  # of CrossEntropy and BCE, in [0, 1); Szegedy et al. 2016 use 0.1
+    # Factors, one a class, so that rare classes count; []: none; ["balanced"]: computed from the training set.
+    _set_new(loss, "CLASS_WEIGHTS", [])  # of CrossEntropy and SoftmaxFocal: factor of the pictures of a class
+    _set_new(loss, "POS_WEIGHTS", [])  # of BCE: factor of a class where it is there, relative to where it is not
+    _set_new(loss, "GAMMA", 2.0)  # of the focal losses: exponent that quiets what is easy (Lin et al. 2017: 2)
+    _set_new(loss, "ALPHA", 0.25)  # of SigmoidFocal: weight in [0, 1) of classes that are there; -1: none
+    # Of Asymmetric; the values are those of Ridnik et al. 2021.
+    _set_new(loss, "GAMMA_POS", 0.0)  # exponent where a class is there
+    _set_new(loss, "GAMMA_NEG", 4.0)  # exponent where it is not
+    _set_new(loss, "CLIP", 0.05)  # probability in [0, 1) up to which a class that is not there costs nothing
 
 
 def _add_input(cfg: CfgNode) -> None:
@@ -75,29 +87,75 @@ def _add_input(cfg: CfgNode) -> None:
     _set_new(node, "TEST_SIZE", 224)  # pixels, side of the centre crop in evaluation
     _set_new(node, "TEST_RESIZE", 256)  # pixels, short side before that crop; 0: resize to TEST_SIZE, no crop
     _set_new(node, "INTERPOLATION", "bilinear")  # nearest | bilinear | bicubic, always antialiased
-    # Rows [name, arguments...] of imgcls.data.transforms; the result must be TRAIN_SIZE x TRAIN_SIZE.
+    # fast: of a JPEG only what is cut out is decoded, large ones at 1/2, 1/4 or 1/8. exact: all of it, by Pillow.
+    _set_new(node, "TRAIN_DECODE", "fast")
+    _set_new(node, "TEST_DECODE", "exact")  # the same in evaluation
+    # Rows [name, arguments...] or ["policy", name] (docs/augmentation.md); the result must be TRAIN_SIZE x TRAIN_SIZE.
     _set_new(node, "TRAIN_TRANSFORMS", [["random_resized_crop", 0.08, 1.0], ["horizontal_flip", 0.5]])
+    _set_new(node, "MIXUP_ALPHA", 0.0)  # pairs of a batch blended, shares from Beta(alpha, alpha); 0: off; usual 0.1-1
+    _set_new(node, "CUTMIX_ALPHA", 0.0)  # boxes of one put into another, areas from Beta(alpha, alpha); 0: off; usual 1
+    _set_new(node, "MIX_PROB", 1.0)  # probability, 0..1, that a batch is mixed
+    _set_new(node, "MIX_SWITCH_PROB", 0.5)  # share, 0..1, of the mixed batches that get CutMix, when both are on
+    # Progressive image size: rows [epoch, side in pixels], from that epoch on, epochs rising; empty: TRAIN_SIZE always.
+    _set_new(node, "TRAIN_SIZE_STEPS", [])
+    # Several views of each picture, for self-supervision: rows [count, side in pixels, rows or the name of a policy].
+    _set_new(node, "VIEWS", [])
+    _set_new(node, "MAX_PIXELS", 64_000_000)  # of a picture, at most: reading takes 8 to 17 bytes of memory for each
 
 
 def _add_data(cfg: CfgNode) -> None:
     # Root of the data sets in DATASETS.TRAIN/TEST (--data); empty: a folder of $DETECTRON2_DATASETS, e.g. imagenet.
     _set_new(cfg.DATASETS, "ROOT", "")
+    _set_new(cfg.DATASETS, "HOLD_OUT", 0.1)  # share of each class that NAME#val takes of a set without a split, 0..1
+    _set_new(cfg.DATASETS, "SPLIT_SEED", 0)  # which of the possible splits NAME#train and NAME#val are
     # tensors: collated in the worker (fast). dicts: detectron2's list[dict], for code that wants it.
     _set_new(cfg.DATALOADER, "PACKING", "tensors")
-    _set_new(cfg.DATALOADER, "TIMEOUT", 120)  # seconds to wait for a worker before it counts as hung; 0: for ever
+    _set_new(cfg.DATALOADER, "TIMEOUT", 50)  # seconds to wait for a worker before it counts as hung; 0: for ever
+    # raise: a file that cannot be read ends the run. skip: in training another takes its place, evaluation counts it.
+    _set_new(cfg.DATALOADER, "ON_ERROR", "raise")
+    _set_new(cfg.DATALOADER, "MAX_BAD_SHARE", 0.1)  # of a set's files, 0..1: with more bad ones than that skip ends too
+    # shuffle | balanced (every class equally often) | weighted (by the set's own weights); both with replacement.
+    _set_new(cfg.DATALOADER, "SAMPLING", "shuffle")
+    # Shards of a packed set that are mixed at a time, for storage that is slow to jump about in; 0: read at random.
+    _set_new(cfg.DATALOADER, "SHUFFLE_BLOCK", 0)
+    _set_new(cfg.DATALOADER, "REPEATS", 1)  # draws of each image in a row (repeated augmentation: 3)
     _set_new(cfg.TEST, "IMS_PER_BATCH", 128)  # images per rank and evaluation step
+    # Figure that chooses model_best.pth; auto: top1, with several labels a picture mAP.
+    _set_new(cfg.TEST, "METRIC", "auto")
     _set_new(cfg.TEST, "EVAL_EPOCHS", 0.0)  # evaluate every so many epochs; 0: TEST.EVAL_PERIOD (iterations) counts
 
 
 def _add_solver(cfg: CfgNode) -> None:
     node = cfg.SOLVER
-    _set_new(node, "OPTIMIZER", "SGD")  # SGD | AdamW
-    _set_new(node, "BETAS", [0.9, 0.999])  # of AdamW
+    _set_new(node, "OPTIMIZER", "SGD")  # a name of imgcls.solver.optimizers
+    _set_new(node, "BETAS", [0.9, 0.999])  # of Adam and its kind
+    _set_new(node, "SQUARE_DECAY", 0.9)  # of RMSprop's average of squares
+    _set_new(node, "EPS", 0.0)  # of an optimizer that has one; 0: its library's default
+    _set_new(node, "LAYER_DECAY", 1.0)  # factor on the rate from one block of the backbone to the one before it
+    _set_new(node, "PARAM_OVERRIDES", [])  # rows [pattern of parameter names, {lr_factor: ..., weight_decay: ...}]
+    _set_new(node, "LR_FOR_BATCH", 0)  # images a step that BASE_LR is meant for: it is scaled to IMS_PER_BATCH; 0: not
+    _set_new(node, "LR_SCALING", "linear")  # linear | sqrt, for LR_FOR_BATCH
     # Lengths in epochs; 0 (or empty): the key in iterations counts. `SOLVER.MAX_ITER N` on the command line wins.
     _set_new(node, "MAX_EPOCHS", 0.0)  # replaces MAX_ITER
     _set_new(node, "WARMUP_EPOCHS", 0.0)  # replaces WARMUP_ITERS
     _set_new(node, "STEPS_EPOCHS", [])  # replaces STEPS, for the multistep schedule
     _set_new(node, "CHECKPOINT_EPOCHS", 0.0)  # replaces CHECKPOINT_PERIOD
+    _set_new(node, "DECAY_EPOCHS", 0.0)  # replaces DECAY_ITERS
+    _set_new(node, "DECAY_ITERS", 1)  # iterations for one factor SOLVER.GAMMA, of WarmupStepLR and WarmupExponentialLR
+    _set_new(node, "POLYNOMIAL_POWER", 1.0)  # of WarmupPolynomialLR: (1 - progress) to this power
+    _set_new(node, "RESTART_CYCLES", 4)  # of WarmupCosineRestartsLR, in the whole run
+    _set_new(node, "RESTART_GROWTH", 2.0)  # each of these cycles is so many times as long as the one before
+    _set_new(node, "PLATEAU_PATIENCE", 2)  # of PlateauLR: evaluations without a better TEST.METRIC before GAMMA
     _set_new(node, "CHECKPOINT_KEEP", 2)  # newest periodic checkpoints to keep, beside the best and the final one
     _set_new(node.AMP, "DTYPE", "float16")  # float16 (with a loss scaler) | bfloat16
+    _set_new(node, "ACCUMULATE", 1)  # micro-batches that a rank's share of a step is cut into: less memory, same batch
+    _set_new(node, "EMA", {})
+    # Keep a moving average of the weights, which is evaluated and handed over in their place.
+    _set_new(node.EMA, "ENABLED", False)
+    _set_new(node.EMA, "DECAY", 0.9999)  # share of the average that one step keeps, in [0, 1)
+    _set_new(node.EMA, "WARMUP", True)  # keep less at first: (1 + step) / (10 + step)
+    # A loss or gradient that is no finite number. stop: end the run. skip: leave the step out, up to NON_FINITE_MOST.
+    _set_new(node, "NON_FINITE", "stop")
+    _set_new(node, "NON_FINITE_MOST", 10)  # steps left out before the run ends all the same
     _set_new(node, "LOG_PERIOD", 20)  # iterations between two lines of progress
+    _set_new(node, "WRITERS", ["tensorboard"])  # beside metrics.json: tensorboard, mlflow, wandb, or none

@@ -24,12 +24,13 @@ from imgcls.config.yaml_reading import StrPath, Tree, YamlReader, refuse, walk
 
 logger = logging.getLogger(__name__)
 
-# Iterations given among the overrides switch the same length in epochs off; third: what "off" is.
+# Iterations given later (in another file, as an override) switch the length in epochs off; third: what "off" is.
 ITERATIONS_OVER_EPOCHS: tuple[tuple[str, str, Any], ...] = (
     ("SOLVER.MAX_ITER", "SOLVER.MAX_EPOCHS", 0.0),
     ("SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_EPOCHS", 0.0),
     ("SOLVER.STEPS", "SOLVER.STEPS_EPOCHS", []),
     ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS", 0.0),
+    ("SOLVER.DECAY_ITERS", "SOLVER.DECAY_EPOCHS", 0.0),
     ("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", 0.0),
 )
 
@@ -56,14 +57,43 @@ def load_config(
     """
     cfg = add_imgcls_config(get_cfg()) if cfg is None else cfg.clone()
     cfg.defrost()
-    for one in [path] if isinstance(path, (str, os.PathLike)) else path:
-        _merge_file(cfg, os.fspath(one))
+    _merge_files(cfg, [os.fspath(one) for one in ([path] if isinstance(path, (str, os.PathLike)) else path)])
     _merge_overrides(cfg, _pairs(overrides))
     return cfg
 
 
-def _merge_file(cfg: CfgNode, path: str) -> None:
-    """As detectron2's ``merge_from_file``, old versions included, but read safely and told in four parts."""
+def _merge_files(cfg: CfgNode, paths: Sequence[str]) -> None:
+    """One after the other; what a later file changes of an earlier one's goes into the log."""
+    given: dict[str, str] = {}  # key -> the file that gave it last
+    for path in paths:
+        before = cfg.clone()
+        origins = _merge_file(cfg, path)
+        if given:
+            # Both lengths in one file: that in epochs counts, as in a file alone.
+            order = {key: int(key.rpartition(".")[2].endswith("_EPOCHS")) for key in origins}
+            _let_iterations_win(cfg, order, f"in {path}")
+            if EXPECTED_RESULTS not in origins:
+                _drop_expectation(cfg, before)
+            _tell_changes(cfg, before, {key: given[key] for key in origins if key in given}, path)
+        given.update(origins)
+
+
+def _tell_changes(cfg: CfgNode, before: CfgNode, given: Mapping[str, str], path: str) -> None:
+    old, new = dict(walk(before)), dict(walk(cfg))
+    changed = [
+        f"{key} {old[key]!r} ({file}) becomes {new[key]!r}"
+        for key, file in given.items()
+        if not isinstance(new.get(key), dict) and old.get(key) != new.get(key)
+    ]
+    if changed:
+        logger.info("%s: %s", path, "; ".join(changed))
+
+
+def _merge_file(cfg: CfgNode, path: str) -> dict[str, str]:
+    """As detectron2's ``merge_from_file``, old versions included, but read safely and told in four parts.
+
+    Returns which file, ``path`` or one that it inherits from, gave each key.
+    """
     reader = YamlReader()
     tree = reader.read(path)
 
@@ -73,13 +103,14 @@ def _merge_file(cfg: CfgNode, path: str) -> None:
     version = _version(cfg, tree, path, source)
     if version == cfg.VERSION:
         _merge(cfg, tree, source)
-        return
+        return reader.origins
     logger.warning("%s is an old v%d config: upgrading it to v%d", path, version, cfg.VERSION)
     old = downgrade_config(cfg, to_version=version)
     _merge(old, tree, source)
     upgraded = upgrade_config(old)
     cfg.clear()
     cfg.update(upgraded)
+    return reader.origins
 
 
 def _version(cfg: CfgNode, tree: Tree, path: str, source: Callable[[str], str]) -> int:
@@ -194,17 +225,17 @@ def _merge_overrides(cfg: CfgNode, pairs: Sequence[tuple[str, Any]]) -> None:
         given.update((full, place) for full, _ in walk(fitted))
     if cfg.VERSION != before.VERSION:
         refuse("the version belongs to a file", cfg.VERSION, f"{before.VERSION}", _COMMAND_LINE)
-    _let_iterations_win(cfg, given)
+    _let_iterations_win(cfg, given, f"on {_COMMAND_LINE}")
     if EXPECTED_RESULTS not in given:
         _drop_expectation(cfg, before)
 
 
-def _let_iterations_win(cfg: CfgNode, given: Mapping[str, int]) -> None:
+def _let_iterations_win(cfg: CfgNode, given: Mapping[str, int], where: str) -> None:
     for iterations, epochs, off in ITERATIONS_OVER_EPOCHS:
         group, _, leaf = epochs.partition(".")
         if iterations not in given or given.get(epochs, -1) > given[iterations] or not cfg[group].get(leaf):
             continue
-        logger.info("%s given on the command line replaces %s %s", iterations, epochs, cfg[group][leaf])
+        logger.info("%s given %s replaces %s %s", iterations, where, epochs, cfg[group][leaf])
         cfg[group][leaf] = copy.copy(off)
 
 

@@ -2,47 +2,231 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
+from imgcls.config import iterations_for
+from imgcls.data.batch_buffers import WithBuffers
 from imgcls.data.datasets.source import Source
-from imgcls.data.mapper import BadSample, ClsMapper, MappedDataset, collate_dicts, collate_tensors
-from imgcls.data.samplers import CounterBatchSampler
+from imgcls.data.fast_jpeg import from_jpeg
+from imgcls.data.mapper import (
+    BadFile,
+    ClsMapper,
+    Mapped,
+    MappedDataset,
+    Packed,
+    Transform,
+    collate_dicts,
+    collate_tensors,
+)
+from imgcls.data.samplers import (
+    CounterBatchSampler,
+    Draw,
+    Order,
+    SizeSteps,
+    balanced_weights,
+    in_blocks,
+    repeated,
+    shuffled,
+    weighted,
+)
 from imgcls.data.transforms import test_transform, train_transform
-from imgcls.structures import Batch
+from imgcls.data.watch import Watch
+from imgcls.structures import Problem
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = "/dev/shm"
+PREFETCH = 2  # batches that a worker is asked for ahead
+BUFFER_BYTES = 1 << 30  # of a loader's buffers for batches, at most
+
+Collate = Callable[[Sequence[Mapped]], Packed]
+
+
+class BadFiles:
+    """The files of a set that could not be read, by name: each is said once, and too many end the run.
+
+    size: of the set. share: of it that may be bad; 0..1.
+    """
+
+    def __init__(self, size: int, share: float) -> None:
+        self.size, self.share = size, share
+        self.reasons: dict[str, str] = {}
+
+    def add(self, files: list[BadFile]) -> None:
+        """Take note of ``files``; a ``ValueError`` when they are more than the share."""
+        for file in files:
+            if file.name not in self.reasons:
+                self.reasons[file.name] = file.reason
+                logger.warning("left out: %s", file.reason)
+        if len(self.reasons) > self.share * self.size:
+            raise ValueError(
+                f"{len(self.reasons)} of {self.size} images cannot be read, more than the share "
+                f"DATALOADER.MAX_BAD_SHARE {self.share:g}; the last one: {list(self.reasons.values())[-1]}. Mend the "
+                "data or raise that key"
+            )
+
+    def __len__(self) -> int:
+        return len(self.reasons)
 
 
 class Loader:
-    """A DataLoader that turns a broken sample into one ``ValueError`` naming it, raised in the main process."""
+    """A DataLoader whose faults come out as one ``ValueError`` in the main process, and never as a wait without end.
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
+    bad: the files that could not be read so far, when they are not to end the run.
+    left_out: how many samples the latest pass went without.
+    """
+
+    def __init__(self, loader: DataLoader, bad: BadFiles) -> None:
+        self.loader, self.bad = loader, bad
+        self.left_out = 0
 
     @property
-    def dataset(self) -> Dataset:
-        return self.loader.dataset
+    def dataset(self) -> MappedDataset:
+        return self.loader.dataset  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Batch | list[dict[str, Any]]]:
-        for batch in self.loader:
-            if isinstance(batch, BadSample):
+    def __iter__(self) -> Iterator[Any]:
+        """Batches: :class:`~imgcls.structures.Batch`, or what the loader's packing makes."""
+        self.left_out = 0
+        known = len(self.bad)
+        for packed in self._packed():
+            if packed.bad:
+                self.left_out += packed.left_out
+                self.bad.add(packed.bad)
+            if packed.fatal:
+                raise ValueError(packed.fatal)
+            if packed.batch is not None:
+                yield packed.batch
+        if len(self.bad) > known:
+            name, bad = self.dataset.source.name, len(self.bad)
+            logger.warning("%s: %d of %d files could not be read", name, bad, self.bad.size)
+
+    def _packed(self) -> Iterator[Packed]:
+        """What the workers send; they are ended when the pass ends early, and killed when they hang."""
+        workers, whole = iter(self.loader), False
+        processes = getattr(workers, "_workers", [])
+        # A little later than torch's own, which knows of fewer ways to wait but says in plain words what it waited for.
+        watch = Watch(1.1 * self.loader.timeout, lambda: _kill(processes))
+        try:
+            while True:
+                with watch:
+                    packed = next(workers, None)
+                if packed is None:
+                    break
+                yield packed
+            whole = True
+        except (RuntimeError, OSError, EOFError) as error:
+            _end(processes)
+            if not self.loader.num_workers or _is_of_a_transform(error):
+                raise
+            late = f"no batch came in {watch.seconds:g} seconds" if watch.fired else ""
+            raise worker_error(error, late) from error
+        finally:
+            watch.close()
+            if not whole:
                 # Ends workers that were to persist; when the garbage collector does, it waits 5 seconds for each.
                 self.loader._iterator = None
-                raise ValueError(batch.reason)
-            yield batch
+
+
+def _kill(processes: list[Any]) -> None:
+    # SIGTERM does not end a stopped process, and whoever waits for one waits for ever.
+    for process in processes:
+        process.kill()
+
+
+def _end(processes: list[Any]) -> None:
+    # torch's signal handler would complain of the very deaths that are wanted here; only the main thread has it.
+    in_main = threading.current_thread() is threading.main_thread()
+    usual = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    try:
+        _kill(processes)
+        for process in processes:
+            process.join()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGCHLD, usual or signal.SIG_DFL)
+
+
+# How it begins, as RuntimeError, that a worker has died; from a signal handler, so wherever the process just is.
+_WORKER_ENDED = "DataLoader worker"
+
+
+def is_worker_end(error: BaseException) -> bool:
+    """Whether ``error`` is torch's word that a data worker has died, which may come in the middle of a step."""
+    return isinstance(error, RuntimeError) and str(error).startswith(_WORKER_ENDED)
+
+
+def _is_of_a_transform(error: Exception) -> bool:
+    """Whether it was raised by the code that runs in the workers, whose traceback torch has put into the message."""
+    return str(error).startswith("Caught ") and "shared memory" not in str(error)
+
+
+def worker_error(error: Exception, reason: str = "") -> ValueError:
+    """What to tell the user of workers that died, hang or cannot send; ``reason`` where it is not in ``error``."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = reason or lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(".")
+    return ValueError(
+        f"the data workers failed: {reason}. They ran out of memory or open files (ulimit -n), or {SHARED_MEMORY} is "
+        f"full ({_free_shared_memory() / 2**20:.0f} MiB free), or a batch took longer than DATALOADER.TIMEOUT; change "
+        "that key, SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS (0: no workers)"
+    )
+
+
+def _free_shared_memory() -> float:
+    return float(shutil.disk_usage(SHARED_MEMORY).free) if os.path.isdir(SHARED_MEMORY) else float("inf")
 
 
 def build_train_loader(cfg: CfgNode, source: Source, *, start: int = 0) -> Loader:
     """Batches of iterations ``start`` .. MAX_ITER - 1 for this rank, the same ones after any restart."""
-    transform = train_transform(cfg.INPUT.TRAIN_TRANSFORMS, cfg.INPUT.TRAIN_SIZE, cfg.INPUT.INTERPOLATION)
-    sampler = CounterBatchSampler(
+    if cfg.INPUT.VIEWS:
+        what, allowed = "a classifier trains on one view of a picture", "[]; build_view_loader is for several views"
+        raise Problem(what, cfg.INPUT.VIEWS, allowed, "INPUT.VIEWS").error()
+    steps = _size_steps(cfg, len(source))
+    rows, interpolation = cfg.INPUT.TRAIN_TRANSFORMS, cfg.INPUT.INTERPOLATION
+
+    def transform(side: int) -> Transform:
+        return _decoding(cfg, cfg.INPUT.TRAIN_DECODE, train_transform(rows, side, interpolation))
+
+    mapper = ClsMapper(
+        transform(cfg.INPUT.TRAIN_SIZE),
+        seed=cfg.SEED,
+        side=cfg.INPUT.TRAIN_SIZE,
+        at_side={side: transform(side) for _, side in steps},
+        channels=len(cfg.MODEL.PIXEL_MEAN),
+        max_pixels=cfg.INPUT.MAX_PIXELS,
+    )
+    dataset = MappedDataset(source, mapper, on_bad_in_training(cfg))
+    sampler = train_sampler(cfg, source, start, SizeSteps(steps))
+    largest = max([cfg.INPUT.TRAIN_SIZE, *(side for _, side in steps)])
+    return make_loader(cfg, dataset, _with_buffers(cfg, sampler, sampler.share * largest**2))
+
+
+def _decoding(cfg: CfgNode, how: str, transform: v2.Compose) -> Transform:
+    """``transform``, made to decode JPEGs itself where ``how`` is "fast" and it can."""
+    return from_jpeg(transform) if how == "fast" and len(cfg.MODEL.PIXEL_MEAN) == 3 else transform
+
+
+def train_sampler(
+    cfg: CfgNode, source: Source, start: int, side_at: Callable[[int], int] | None = None
+) -> CounterBatchSampler:
+    """This rank's draws of iterations ``start`` .. MAX_ITER - 1. side_at: :class:`CounterBatchSampler`'s."""
+    return CounterBatchSampler(
         len(source),
         global_batch=cfg.SOLVER.IMS_PER_BATCH,
         seed=cfg.SEED,
@@ -50,33 +234,107 @@ def build_train_loader(cfg: CfgNode, source: Source, *, start: int = 0) -> Loade
         stop=cfg.SOLVER.MAX_ITER,
         rank=comm.get_rank(),
         world=comm.get_world_size(),
+        order=_order(cfg, source),
+        side_at=side_at,
     )
-    mapper = ClsMapper(transform, seed=cfg.SEED, side=cfg.INPUT.TRAIN_SIZE)
-    return _loader(cfg, MappedDataset(source, mapper), sampler, persist=False)
+
+
+def on_bad_in_training(cfg: CfgNode) -> str:
+    """:class:`MappedDataset`'s ``on_bad`` for ``DATALOADER.ON_ERROR``."""
+    return "replace" if cfg.DATALOADER.ON_ERROR == "skip" else "raise"
+
+
+def _order(cfg: CfgNode, source: Source) -> Order:
+    """What ``DATALOADER.SAMPLING``, ``REPEATS`` and ``SHUFFLE_BLOCK`` say."""
+    node = cfg.DATALOADER
+    kind, times = node.SAMPLING, node.REPEATS
+    if kind == "shuffle":
+        order = _in_blocks(cfg, source) if node.SHUFFLE_BLOCK else shuffled(len(source), cfg.SEED)
+        return repeated(order, times) if times > 1 else order
+    for key, value, usual in (("REPEATS", times, 1), ("SHUFFLE_BLOCK", node.SHUFFLE_BLOCK, 0)):
+        if value != usual:
+            what = f"with DATALOADER.SAMPLING {kind} every draw is one of the whole set"
+            raise Problem(what, value, str(usual), f"DATALOADER.{key}").error()
+    if kind == "weighted":
+        if source.weights is None:
+            what = f"{source.name} has no weights to sample by"
+            raise Problem(what, kind, "shuffle, balanced", "DATALOADER.SAMPLING").error()
+        return weighted(source.weights, cfg.SEED)
+    if source.labels is None:
+        what = f"the labels of {source.name} are known only when its samples are read"
+        raise Problem(what, kind, "shuffle", "DATALOADER.SAMPLING").error()
+    if source.labels.ndim == 1 and np.min(source.labels, initial=0) < 0:
+        what = f"{source.name} has pictures without a label, which are of no class to balance"
+        raise Problem(what, kind, "shuffle, weighted", "DATALOADER.SAMPLING").error()
+    return weighted(balanced_weights(source.labels), cfg.SEED)
+
+
+def _in_blocks(cfg: CfgNode, source: Source) -> Order:
+    if source.runs is None:
+        what = f"{source.name} does not lie in shards"
+        raise Problem(what, cfg.DATALOADER.SHUFFLE_BLOCK, "0", "DATALOADER.SHUFFLE_BLOCK").error()
+    return in_blocks(source.runs.tolist(), cfg.DATALOADER.SHUFFLE_BLOCK, cfg.SEED)
+
+
+def _size_steps(cfg: CfgNode, num_images: int) -> list[tuple[int, int]]:
+    """``INPUT.TRAIN_SIZE_STEPS`` with first iterations for epochs."""
+    key = "INPUT.TRAIN_SIZE_STEPS"
+    return [
+        (iterations_for(epoch, num_images, cfg.SOLVER.IMS_PER_BATCH, key=key), int(side))
+        for epoch, side in cfg.INPUT.TRAIN_SIZE_STEPS
+    ]
 
 
 def build_test_loader(cfg: CfgNode, source: Source) -> Loader:
     """Every sample of ``source`` once over all ranks: contiguous shares, none padded."""
-    transform = test_transform(cfg.INPUT.TEST_RESIZE, cfg.INPUT.TEST_SIZE, cfg.INPUT.INTERPOLATION)
+    exact = test_transform(cfg.INPUT.TEST_RESIZE, cfg.INPUT.TEST_SIZE, cfg.INPUT.INTERPOLATION)
+    transform = _decoding(cfg, cfg.INPUT.TEST_DECODE, exact)
     if not len(source):
         raise ValueError(f"the evaluation set {source.name} is empty; change DATASETS.TEST")
-    indices = [(0, index) for index in InferenceSampler(len(source))]
+    draws = [Draw(0, index) for index in InferenceSampler(len(source))]
     size = cfg.TEST.IMS_PER_BATCH
-    batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+    batches = [draws[first : first + size] for first in range(0, len(draws), size)]
+    mapper = ClsMapper(transform, channels=len(cfg.MODEL.PIXEL_MEAN), max_pixels=cfg.INPUT.MAX_PIXELS)
+    dataset = MappedDataset(source, mapper, "leave_out" if cfg.DATALOADER.ON_ERROR == "skip" else "raise")
     # Evaluation comes back to its loader again and again; starting workers costs seconds each time.
-    return _loader(cfg, MappedDataset(source, ClsMapper(transform)), batches, persist=True)
+    return make_loader(cfg, dataset, _with_buffers(cfg, batches, size * cfg.INPUT.TEST_SIZE**2), persist=True)
 
 
-def _loader(cfg: CfgNode, dataset: MappedDataset, batch_sampler: Any, *, persist: bool) -> Loader:
+def _with_buffers(cfg: CfgNode, batches: Any, pixels: int) -> Any:
+    """``batches`` of draws with buffers of so many pixels for their images, where there are workers to send them."""
     workers = cfg.DATALOADER.NUM_WORKERS
-    return Loader(
-        DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            num_workers=workers,
-            collate_fn=collate_dicts if cfg.DATALOADER.PACKING == "dicts" else collate_tensors,
-            pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
-            persistent_workers=persist and workers > 0,
-            timeout=cfg.DATALOADER.TIMEOUT if workers else 0,
-        )
+    if not workers or cfg.DATALOADER.PACKING != "tensors":
+        return batches
+    size = len(cfg.MODEL.PIXEL_MEAN) * pixels
+    # Besides those that are asked for there is one to look at, the one before it and the one that has just come.
+    count = min(PREFETCH * workers + 3, int(min(BUFFER_BYTES, _free_shared_memory() / 2) // size))
+    return WithBuffers(batches, count, size) if count > 0 else batches
+
+
+def _start_worker(worker: int) -> None:
+    # What a worker was born with is no garbage. Looking through it again and again, as Python's collector does, takes
+    # a sixth of the time of a worker that reads photographs, and writes on pages that processes would share.
+    gc.freeze()
+
+
+def make_loader(
+    cfg: CfgNode, dataset: MappedDataset, batch_sampler: Any, *, collate: Collate | None = None, persist: bool = False
+) -> Loader:
+    """The loader that ``DATALOADER`` describes.
+
+    batch_sampler: lists of draws. collate: instead of what ``DATALOADER.PACKING`` says. persist: keep the workers from
+    one pass to the next.
+    """
+    node = cfg.DATALOADER
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=node.NUM_WORKERS,
+        collate_fn=collate or (collate_dicts if node.PACKING == "dicts" else collate_tensors),
+        pin_memory=cfg.MODEL.DEVICE.startswith("cuda"),
+        persistent_workers=persist and node.NUM_WORKERS > 0,
+        timeout=node.TIMEOUT if node.NUM_WORKERS else 0,
+        prefetch_factor=PREFETCH if node.NUM_WORKERS else None,
+        worker_init_fn=_start_worker,
     )
+    return Loader(loader, BadFiles(len(dataset), node.MAX_BAD_SHARE))

@@ -7,6 +7,7 @@ restart; no generator state has to be saved.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -39,3 +40,23 @@ def permutation(size: int, *counters: int) -> torch.Tensor:
     """A random order of ``range(size)``, (size,) int64, that depends on ``counters`` only."""
     generator = torch.Generator().manual_seed(mix(*counters))
     return torch.randperm(size, generator=generator)
+
+
+def run_permutation(runs: Sequence[int], group: int, *counters: int) -> torch.Tensor:
+    """A random order of ``range(sum(runs))`` for storage that is read faster in one piece; (N,) int64.
+
+    runs: lengths of the runs of samples that lie together, such as the shards of a set.
+    group: runs that are mixed at a time, at least 1. They come in a random order; the samples of each ``group`` of them
+        are shuffled among themselves. With all runs in one group it is an order like any other.
+
+    Every sample comes once, and the order depends on ``counters`` only.
+    """
+    generator = torch.Generator().manual_seed(mix(*counters))
+    lengths = torch.as_tensor(runs, dtype=torch.int64)
+    runs_of_samples = torch.arange(int(lengths.sum())).split(lengths.tolist())
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    parts = []
+    for first in range(0, len(order), group):
+        members = torch.cat([runs_of_samples[run] for run in order[first : first + group]])
+        parts.append(members[torch.randperm(len(members), generator=generator)])
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -32,13 +32,11 @@ from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
-from PIL import Image
+from imgcls.data.reading import read_size
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 _FOLDERS = ("JPEGImages", "Annotations", "ImageSets/Main")
-_EXIF_ORIENTATION = 0x0112
-_EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 @dataclass
@@ -261,7 +259,7 @@ def _refuse_doctype(*_: object) -> None:
 
 def _image_size(tree: ET.Element, xml_path: Path, image_path: Path, counts: _Counts) -> tuple[int, int]:
     """Return (width, height) in pixels of the image as detectron2 will see it, checked against the XML."""
-    actual = _read_image_size(image_path)
+    actual = read_size(str(image_path))
     stated = tuple(_stated_length(tree, key, xml_path) for key in ("width", "height"))
     if 0 in stated:
         counts.size_from_image += 1
@@ -284,17 +282,6 @@ def _stated_length(tree: ET.Element, key: str, path: Path) -> int:
     if not (value >= 0 and value.is_integer()):
         raise ValueError(f"{path} has size/{key} = {text!r}; allowed is a whole number of pixels; mend or remove it")
     return int(value)
-
-
-def _read_image_size(path: Path) -> tuple[int, int]:
-    """Read (width, height) from the header; detectron2 applies EXIF rotation on loading, so this does too."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); replace it") from error
-    return (height, width) if turned else (width, height)
 
 
 def _convert_objects(

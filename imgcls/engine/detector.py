@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,11 +13,15 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 
-from imgcls.checkpoint import SafeCheckpointer
+from imgcls.checkpoint import Resume, SafeCheckpointer, set_aside_newer
 from imgcls.config import register_check
 from imgcls.data.datasets.coco import PREFIX, count_categories, register_coco_names
+from imgcls.engine.distributed import first_rank_does
 from imgcls.modeling import is_classifier
 from imgcls.structures import Problem
+
+# What its checkpoint has and a file of weights has not.
+DETECTOR_STATE = ("trainer", "iteration")
 
 
 class DetectorTrainer(DefaultTrainer):
@@ -27,6 +32,15 @@ class DetectorTrainer(DefaultTrainer):
         old: DetectionCheckpointer = self.checkpointer
         self.checkpointer: DetectionCheckpointer = SafeCheckpointer(old.model, old.save_dir, **old.checkpointables)
         return super().build_hooks()
+
+    def resume_or_load(self, resume: Resume = True) -> None:
+        """As detectron2's; ``resume`` may also name the checkpoint to go on from. Collective."""
+        if isinstance(resume, bool):
+            super().resume_or_load(resume)
+            return
+        self.checkpointer.load(str(resume))
+        self.start_iter = self.iter + 1
+        first_rank_does(lambda: set_aside_newer(Path(resume), Path(self.cfg.OUTPUT_DIR)))
 
     def train(self) -> None:
         """As detectron2's, but TEST.EXPECTED_RESULTS is judged by the command, which can end with its exit code."""

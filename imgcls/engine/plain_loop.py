@@ -15,8 +15,7 @@ def train(run: Run) -> dict[str, Any]:
     try:
         with EventStorage(run.start_iter) as storage:
             for iteration, batch in enumerate(run.batches(), start=run.start_iter):
-                losses = run.step(batch, iteration)
-                run.record(iteration, losses)
+                run.train_on(batch, iteration)
                 run.finish_iteration(iteration)
                 if run.write_due(iteration):
                     for writer in writers:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,51 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from torch import Tensor, nn
 
 import imgcls
-from imgcls.checkpoint import BEST, FINAL, load_weights, newest_whole, prune, read_checkpoint, sweep, write_checkpoint
+from imgcls.checkpoint import (
+    BEST,
+    FINAL,
+    Resume,
+    checkpoint_to_resume,
+    load_weights,
+    prune,
+    read_checkpoint,
+    require_state,
+    set_aside_newer,
+    sweep,
+    write_checkpoint,
+)
 from imgcls.data import Loader, build_test_loader, build_train_loader, mix
 from imgcls.engine.distributed import first_rank_does, wrap_for_ranks
 from imgcls.engine.output_dir import mend_metrics
+from imgcls.engine.replay import keep
 from imgcls.engine.setup import Data
-from imgcls.engine.step import TrainStep
+from imgcls.engine.step import NonFinite, TrainStep
 from imgcls.engine.writers import Stopwatch, build_writers
-from imgcls.evaluation import ClassificationEvaluator, evaluate
+from imgcls.evaluation import (
+    ClassificationEvaluator,
+    LogitsEvaluator,
+    MultiLabelEvaluator,
+    ThresholdTuner,
+    evaluate,
+    per_class_text,
+    write_tables,
+)
 from imgcls.layers import average_running_statistics
 from imgcls.modeling import Trunk, fit_to_input
 from imgcls.solver import build_optimizer, build_schedule
+from imgcls.solver.schedules import PlateauMultiplier, apply_current
 from imgcls.structures import LoadReport, PreprocessingContract
 
 logger = logging.getLogger(__name__)
 
-METRIC = "top1"
+# Of TEST.METRIC: the smaller the better.
+COSTS = ("loss",)
 
 
 class Run:
     """Network, step, data, checkpoints and results of one training run, from a finalized config.
 
-    A loop takes ``batches()``, calls ``step``, ``record`` and ``finish_iteration`` for each, inside an EventStorage.
+    A loop takes ``batches()`` and calls ``train_on`` and ``finish_iteration`` for each, inside an EventStorage.
     """
 
     def __init__(self, cfg: CfgNode, data: Data) -> None:
@@ -48,15 +73,20 @@ class Run:
         self.results: dict[str, Any] = {}
         self._folder = Path(cfg.OUTPUT_DIR)
         self._test_loader: Loader | None = None
+        self._evaluator: LogitsEvaluator | None = None
         self._step: TrainStep | None = None
 
     # -- where the weights come from ---------------------------------------------------------------------------------
 
-    def start(self, *, resume: bool) -> None:
-        """Go on from the newest whole checkpoint of OUTPUT_DIR, or begin with ``MODEL.WEIGHTS``."""
-        checkpoint = newest_whole(self._folder) if resume else None
+    def start(self, *, resume: Resume) -> None:
+        """Go on from the checkpoint named or the newest whole one, or begin with ``MODEL.WEIGHTS``. Collective."""
+        checkpoint = checkpoint_to_resume(resume, self._folder)
         if checkpoint is not None:
-            self._resume(checkpoint)
+            self.resume_from(checkpoint)
+            if not isinstance(resume, bool):
+                first_rank_does(partial(set_aside_newer, checkpoint, self._folder))
+                # What the record speaks of may lie in another folder, or belong to the course that was left.
+                self.best = self.best if (self._folder / BEST).is_file() else {}
             return
         if resume:
             logger.warning("--resume: %s has no checkpoint, starting at iteration 0", self._folder)
@@ -76,6 +106,9 @@ class Run:
             # They serve training only; MODEL.HEAD.AUX_WEIGHT 0 leaves them out.
             weights = {name: value for name, value in weights.items() if not name.startswith("head.auxiliary.")}
         self._require_same_contract(content, path)
+        if self.data.train is None and content.get("thresholds"):
+            # Training would make them another network's.
+            self.model.thresholds = tuple(content["thresholds"])
         reset = self.cfg.MODEL.HEAD.RESET
         if reset:
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
@@ -90,19 +123,19 @@ class Run:
         logger.info("%s: %s", path, report.summary())
         return report
 
-    def _resume(self, path: Path) -> None:
+    def resume_from(self, path: Path) -> None:
+        """Take over a run's checkpoint, and with it its place in the run; a misfit is a ``ValueError``."""
         content = read_checkpoint(path, check_digest=False)
-        if "optimizer" not in content or "iteration" not in content:
-            raise ValueError(
-                f"{path} holds weights but no state of an imgcls run; it cannot be resumed. Start another OUTPUT_DIR "
-                f"with MODEL.WEIGHTS {path}"
-            )
+        require_state(content, path)
         self._require_same_classes(content, str(path))
         self._require_same_contract(content, str(path))
-        load_weights(self.model, content["model"]).require_complete(
+        # Where an average is kept, "model" is the average: what was evaluated, and what is handed over.
+        load_weights(self.model, content.get("live", content["model"])).require_complete(
             str(path), "--resume needs the config that the run began with (config.yaml in its OUTPUT_DIR)"
         )
         self.step.load_state_dict(content)
+        if self.step.ema is not None and "live" in content:
+            self.step.ema.load_state_dict(content["model"], content["ema_updates"])
         self.best = dict(content["best"])
         self.start_iter = int(content["iteration"]) + 1
         logger.info("resuming from %s at iteration %d of %d", path, self.start_iter, self.max_iter)
@@ -151,6 +184,11 @@ class Run:
             self._step = TrainStep.from_cfg(self.cfg, wrap_for_ranks(self.model), optimizer, schedule)
         return self._step
 
+    @property
+    def network(self) -> nn.Module:
+        """What is evaluated and handed over: the average of the weights where one is kept, otherwise the network."""
+        return self._step.ema.network if self._step is not None and self._step.ema is not None else self.model
+
     def batches(self) -> Iterator[Any]:
         """This rank's batches of iterations ``start_iter`` .. ``max_iter`` - 1; takes the time that waiting costs."""
         if self.data.train is None:
@@ -160,6 +198,15 @@ class Run:
             self._data_time = waiting.lap()
             yield batch
             waiting.lap()
+
+    def train_on(self, batch: Any, iteration: int) -> None:
+        """One step, and its record. Collective. Numbers that are not finite leave the state before them in a file."""
+        try:
+            losses = self.step(batch, iteration)
+        except NonFinite as fault:
+            first_rank_does(partial(keep, self._folder, self.checkpoint(iteration - 1), fault))
+            raise
+        self.record(iteration, losses)
 
     def record(self, iteration: int, losses: dict[str, Tensor]) -> None:
         """Put losses (mean over the ranks), learning rate and times into the event storage. Collective when due."""
@@ -172,6 +219,8 @@ class Run:
         means = {name: float(value) for name, value in comm.reduce_dict(losses).items()}
         storage.put_scalars(**means, total_loss=sum(means.values()), smoothing_hint=False)
         storage.put_scalar("lr", self.step.last_lr, smoothing_hint=False)
+        epoch = (iteration + 1) * self.cfg.SOLVER.IMS_PER_BATCH / len(self.data.train)  # type: ignore[arg-type]
+        storage.put_scalar("epoch", epoch, smoothing_hint=False)
         storage.put_scalar("images_per_second", self.cfg.SOLVER.IMS_PER_BATCH / max(seconds, 1e-9))
 
     def due(self, period: int, iteration: int) -> bool:
@@ -192,6 +241,8 @@ class Run:
         if not (evaluating or saving):
             return
         average_running_statistics(self.model)
+        if self.network is not self.model:
+            average_running_statistics(self.network)
         improved = self._evaluate_at(iteration) if evaluating else False
         first_rank_does(lambda: self._save_all(iteration, saving, improved))
         self._clock.lap()
@@ -206,28 +257,65 @@ class Run:
 
     # -- evaluating and saving ---------------------------------------------------------------------------------------
 
-    def evaluate(self) -> dict[str, Any]:
-        """Top-1, top-5 and loss on DATASETS.TEST, on every rank. Collective."""
+    def evaluate(self, evaluator: LogitsEvaluator | None = None) -> dict[str, Any]:
+        """The figures of DATASETS.TEST, on every rank; those of ``evaluator`` instead of the usual ones. Collective."""
         if self.data.test is None:
             return {}
         if self._test_loader is None:
             self._test_loader = build_test_loader(self.cfg, self.data.test)
-        evaluator = ClassificationEvaluator(len(self.data.test), len(self.data.classes))
-        self.results = evaluate(self.model, self._test_loader, evaluator)
+        self._evaluator = evaluator or self._new_evaluator()
+        self.results = evaluate(self.network, self._test_loader, self._evaluator)
         figures = self.results["classification"]
         logger.info("%s: %s", self.data.test.name, ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         return self.results
+
+    def _new_evaluator(self) -> LogitsEvaluator:
+        expected, classes = len(self.data.test), len(self.data.classes)  # type: ignore[arg-type]
+        if self.model.multi_label:
+            return MultiLabelEvaluator(expected, classes, self.model.thresholds)
+        return ClassificationEvaluator(expected, classes)
+
+    def tune_thresholds(self) -> dict[str, Any]:
+        """Give the network the thresholds that do best on DATASETS.TEST; the figures with them there. Collective."""
+        tuner = ThresholdTuner(len(self.data.test), len(self.data.classes))  # type: ignore[arg-type]
+        results = self.evaluate(tuner)
+        self.model.thresholds = tuple(tuner.thresholds.tolist())
+        return results
+
+    def class_table(self) -> str:
+        """The figures of the single classes in the latest evaluation, to read; empty before one."""
+        return per_class_text(self.data.classes, self._evaluator.per_class) if self._evaluator else ""
+
+    def write_class_tables(self, folder: Path) -> None:
+        """The same as CSV files, with the confusion matrix."""
+        if self._evaluator is not None:
+            confusion = getattr(self._evaluator, "confusion", None)
+            write_tables(folder, self.data.classes, self._evaluator.per_class, confusion)
 
     def _evaluate_at(self, iteration: int) -> bool:
         figures = self.evaluate()["classification"]
         storage: EventStorage = get_event_storage()
         storage.put_scalars(**{f"classification/{k}": v for k, v in figures.items()}, smoothing_hint=False)
-        improved = not self.best or figures[METRIC] > self.best["value"]
+        metric = self.cfg.TEST.METRIC
+        improved = self._improved(metric, figures[metric])
+        if isinstance(self.step.schedule, PlateauMultiplier):
+            self.step.schedule.evaluated(-figures[metric] if metric in COSTS else figures[metric])
+            apply_current(self.step.schedule)
+        if iteration + 1 == self.max_iter:
+            logger.info("classes:\n%s", self.class_table())
         if improved:
-            self.best = {"metric": METRIC, "value": figures[METRIC], "iteration": iteration}
+            self.best = {"metric": metric, "value": figures[metric], "iteration": iteration}
         return improved
 
+    def _improved(self, metric: str, value: float) -> bool:
+        # What is no number never is the best; a run that is resumed with another metric starts its best anew.
+        if math.isnan(value) or self.best.get("metric") != metric:
+            return not math.isnan(value)
+        return value < self.best["value"] if metric in COSTS else value > self.best["value"]
+
     def _save_all(self, iteration: int, saving: bool, improved: bool) -> None:
+        if self.evaluation_due(iteration):
+            self.write_class_tables(self._folder)
         if not (saving or improved):
             return
         content = self.checkpoint(iteration)
@@ -247,7 +335,8 @@ class Run:
     def checkpoint(self, iteration: int) -> dict[str, Any]:
         """Everything a later process needs: plain Python values and tensors, loadable with ``weights_only``."""
         return {
-            "model": self.model.state_dict(),
+            "model": self.network.state_dict(),
+            **({} if self.network is self.model else {"live": self.model.state_dict()}),
             **self.step.state_dict(),
             "iteration": iteration,
             "best": self.best,

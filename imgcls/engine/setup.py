@@ -13,12 +13,15 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
-from imgcls.checkpoint import newest_whole, read_checkpoint
+from imgcls.checkpoint import Resume, checkpoint_to_resume, continues, read_checkpoint
 from imgcls.config import register_check, require_sound, resolve_durations
-from imgcls.data import Source, open_sources
+from imgcls.data import HoldOut, Source, open_sources
+from imgcls.data.loaders import is_worker_end
 from imgcls.engine.distributed import first_rank_does
+from imgcls.engine.labels import decide_labels
 from imgcls.engine.output_dir import claim
 from imgcls.modeling import is_classifier
+from imgcls.solver import scale_learning_rate
 from imgcls.structures import Problem
 
 logger = logging.getLogger(__name__)
@@ -36,31 +39,51 @@ class Data:
 def finalize(cfg: CfgNode, *, eval_only: bool = False) -> tuple[CfgNode, Data]:
     """A copy of ``cfg`` in which everything is decided, and the opened data sets.
 
-    Decided are the device, the seed, the number of classes and every length in iterations. Mistakes are one
-    ``ValueError`` that lists them all.
+    Decided are the device, the seed, the number of classes, what their labels ask for and every length in iterations.
+    Mistakes are one ``ValueError`` that lists them all.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    _decide_device(cfg)
-    if cfg.SEED < 0:
-        cfg.SEED = int(comm.shared_random_seed()) % 2**31
-    require_sound(cfg)
+    cfg = sound(cfg)
     data = _open_for_evaluation(cfg) if eval_only else _open_for_training(cfg)
-    _decide_classes(cfg, data)
-    if data.train is not None:
-        resolve_durations(cfg, len(data.train))
+    if cfg.DATALOADER.ON_ERROR == "raise":
+        # A file that cannot be read would end the run later.
+        for source in filter(None, (data.train, data.test)):
+            source.check_files()
+    decide(cfg, data)
     return cfg, data
 
 
-def setup(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> tuple[CfgNode, Data]:
-    """:func:`finalize`, then claim OUTPUT_DIR, start the log and write config.yaml and environment.txt. Collective."""
-    if resume and cfg.SEED < 0:
-        cfg = _with_seed_of_checkpoint(cfg)
+def sound(cfg: CfgNode) -> CfgNode:
+    """A copy of ``cfg`` with the device and the seed decided, all of its checks passed."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    decide_device(cfg)
+    if cfg.SEED < 0:
+        cfg.SEED = int(comm.shared_random_seed()) % 2**31
+    require_sound(cfg)
+    scale_learning_rate(cfg)
+    return cfg
+
+
+def decide(cfg: CfgNode, data: Data) -> None:
+    """Decide, in place, what depends on the data: classes, what their labels ask for, lengths in iterations."""
+    _decide_classes(cfg, data)
+    decide_labels(cfg, data.train, data.test)
+    if data.train is not None:
+        resolve_durations(cfg, len(data.train))
+
+
+def setup(cfg: CfgNode, *, resume: Resume = False, eval_only: bool = False) -> tuple[CfgNode, Data]:
+    """:func:`finalize`, then claim OUTPUT_DIR, start the log and write config.yaml and environment.txt. Collective.
+
+    resume: whether the run is to go on from a checkpoint, or from which one; a named one is examined here.
+    """
+    if not isinstance(resume, bool) or (resume and cfg.SEED < 0):
+        cfg = _with_seed_of_checkpoint(cfg, resume)
     cfg, data = finalize(cfg, eval_only=eval_only)
     if eval_only:
         start_log("")
     else:
-        first_rank_does(lambda: claim(cfg.OUTPUT_DIR, resume=resume))
+        first_rank_does(lambda: claim(cfg.OUTPUT_DIR, resume=continues(resume, Path(cfg.OUTPUT_DIR))))
         start_log(cfg.OUTPUT_DIR)
         first_rank_does(lambda: describe(cfg))
     if torch.cuda.is_available():
@@ -71,12 +94,12 @@ def setup(cfg: CfgNode, *, resume: bool = False, eval_only: bool = False) -> tup
     return cfg, data
 
 
-def _with_seed_of_checkpoint(cfg: CfgNode) -> CfgNode:
+def _with_seed_of_checkpoint(cfg: CfgNode, resume: Resume) -> CfgNode:
     """A run that chose its seed goes on with it, or its samples would come in another order."""
     cfg = cfg.clone()
     cfg.defrost()
-    checkpoint = newest_whole(Path(cfg.OUTPUT_DIR))
-    if checkpoint is not None:
+    checkpoint = checkpoint_to_resume(resume, Path(cfg.OUTPUT_DIR))
+    if checkpoint is not None and cfg.SEED < 0:
         cfg.SEED = int(read_checkpoint(checkpoint, check_digest=False).get("seed", cfg.SEED))
     return cfg
 
@@ -95,17 +118,25 @@ def start_log(folder: str) -> None:
 
 def _not_a_user_error(record: logging.LogRecord) -> bool:
     # detectron2's loop logs a traceback of whatever ends it; the command says a user error in one line itself.
-    return not (record.exc_info and isinstance(record.exc_info[1], (ValueError, OSError)))
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not (isinstance(error, (ValueError, OSError)) or is_worker_end(error))
 
 
-def _decide_device(cfg: CfgNode) -> None:
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+def decide_device(cfg: CfgNode) -> None:
+    """``MODEL.DEVICE`` becomes cpu, in place, where this machine has no such device (cuda, mps)."""
+    has_it = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = cfg.MODEL.DEVICE.partition(":")[0]
+    if not has_it.get(kind, True):
         logger.info("no GPU here: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
+    elif kind == "mps" and comm.get_world_size() > 1:
+        logger.info("no ranks on mps: MODEL.DEVICE %s becomes cpu", cfg.MODEL.DEVICE)
+    else:
+        return
+    cfg.MODEL.DEVICE = "cpu"
 
 
 def _open_for_training(cfg: CfgNode) -> Data:
-    train = open_sources(cfg.DATASETS.TRAIN, root=cfg.DATASETS.ROOT)
+    train = open_sources(cfg.DATASETS.TRAIN, root=cfg.DATASETS.ROOT, hold_out=HoldOut.from_cfg(cfg))
     return Data(train, _open_test(cfg, train.classes), train.classes)
 
 
@@ -124,7 +155,13 @@ def _open_for_evaluation(cfg: CfgNode) -> Data:
 def _open_test(cfg: CfgNode, classes: tuple[str, ...] | None) -> Source | None:
     if not cfg.DATASETS.TEST:
         return None
-    return open_sources(cfg.DATASETS.TEST, root=cfg.DATASETS.ROOT, classes=classes, key="DATASETS.TEST")
+    return open_sources(
+        cfg.DATASETS.TEST,
+        root=cfg.DATASETS.ROOT,
+        classes=classes,
+        hold_out=HoldOut.from_cfg(cfg),
+        key="DATASETS.TEST",
+    )
 
 
 def _decide_classes(cfg: CfgNode, data: Data) -> None:

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from imgcls.data import mix
-from imgcls.solver import clip_gradients
+from imgcls.data import Mixing, mix
+from imgcls.solver import Ema, clip_gradients
 from imgcls.solver.schedules import apply_current
 from imgcls.structures import Batch
+
+logger = logging.getLogger(__name__)
+
+Samples = Batch | list[dict[str, Any]]
+
+
+def seed_iteration(seed: int, iteration: int, micro: int = 0) -> None:
+    """Set torch's generators for what an iteration draws on this rank: mixing first, then dropout and the like.
+
+    micro: number of the micro-batch. Without the 0, so that the first draws the same whatever follows.
+    """
+    counters = (iteration, comm.get_rank(), micro) if micro else (iteration, comm.get_rank())
+    torch.manual_seed(mix(seed, *counters))
 
 
 class TrainStep:
@@ -25,6 +42,10 @@ class TrainStep:
     seed: dropout and the like draw from (seed, iteration, rank), so a resumed run draws what the first would have.
     amp_dtype: autocast to float16 (with a loss scaler) or bfloat16; None: full precision. Works on the CPU too.
     clip: called with the parameters when their gradients are complete and unscaled.
+    mixing: Mixup and CutMix; None: batches stay as they come. It draws first, from the same seed as dropout.
+    accumulate: micro-batches that a batch is cut into; their gradients add up to those of the mean loss.
+    ema: takes the weights in after each update; None: there is none.
+    most_skipped: steps to leave out for a loss or gradient that is not finite; one more is a ``ValueError``.
     """
 
     def __init__(
@@ -36,13 +57,22 @@ class TrainStep:
         seed: int,
         amp_dtype: torch.dtype | None = None,
         clip: Callable[[list[nn.Parameter]], None] | None = None,
+        mixing: Mixing | None = None,
+        accumulate: int = 1,
+        ema: Ema | None = None,
+        most_skipped: int = 0,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.seed, self.amp_dtype, self.clip = seed, amp_dtype, clip
+        self.seed, self.amp_dtype, self.clip, self.mixing = seed, amp_dtype, clip, mixing
+        self.accumulate, self.ema, self.most_skipped = accumulate, ema, most_skipped
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
         self.last_lr = 0.0  # of the first parameter group, in the step that was taken last
+        self.skipped = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        # Running statistics, which a forward pass changes before anybody can know that its loss is not finite.
+        self._buffers = list(model.buffers())
+        self._held = [buffer.clone() for buffer in self._buffers]
 
     @classmethod
     def from_cfg(
@@ -56,26 +86,67 @@ class TrainStep:
             seed=cfg.SEED,
             amp_dtype=getattr(torch, cfg.SOLVER.AMP.DTYPE) if cfg.SOLVER.AMP.ENABLED else None,
             clip=lambda parameters: clip_gradients(cfg, parameters),
+            mixing=Mixing.from_cfg(cfg),
+            accumulate=cfg.SOLVER.ACCUMULATE,
+            ema=Ema.from_cfg(cfg, unwrapped(model)),
+            most_skipped=cfg.SOLVER.NON_FINITE_MOST if cfg.SOLVER.NON_FINITE == "skip" else 0,
         )
 
-    def __call__(self, batch: Batch | list[dict[str, Any]], iteration: int) -> dict[str, Tensor]:
-        """Train on ``batch``; returns the losses, detached. A loss that is not finite stops before anything changes."""
+    def __call__(self, batch: Samples, iteration: int) -> dict[str, Tensor]:
+        """Train on ``batch``; returns the losses, detached.
+
+        Where a loss or a gradient is not finite, on any rank, no rank changes anything: the step is left out, or is a
+        ``ValueError`` on all of them. Collective.
+        """
         if not self.model.training:
             raise RuntimeError("the model is in eval mode; call model.train() before training it")
-        torch.manual_seed(mix(self.seed, iteration, comm.get_rank()))
+        torch._foreach_copy_(self._held, self._buffers)
+        losses = self.gradients(batch, iteration)
+        if all_finite(losses, [] if self.scaler.is_enabled() else self._gradients()):
+            self._update()
+        else:
+            torch._foreach_copy_(self._buffers, self._held)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._leave_out(losses, batch, iteration)
+        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+        self._advance_schedule()
+        return losses
+
+    def gradients(self, batch: Samples, iteration: int) -> dict[str, Tensor]:
+        """Forward and backward: the losses of ``batch``, detached, and the gradients of their sum, unscaled."""
+        seed_iteration(self.seed, iteration)
+        if self.mixing is not None:
+            batch = self.mixing(batch, self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._losses(batch)
-        total = torch.stack(list(losses.values())).sum()
-        self._require_finite(total, losses, batch, iteration)
-        self.scaler.scale(total).backward()
-        if self.clip is not None:
+        parts = _parts(batch, self.accumulate)
+        sums: dict[str, Tensor] = {}
+        for micro, part in enumerate(parts):
+            if micro:
+                seed_iteration(self.seed, iteration, micro)
+            # The ranks' gradients are averaged once, with the last micro-batch.
+            with nullcontext() if micro + 1 == len(parts) else self._without_averaging():
+                losses = self._losses(part)
+                share = len(part) / len(batch)
+                self.scaler.scale(torch.stack(list(losses.values())).sum() * share).backward()
+            for name, loss in losses.items():
+                sums[name] = sums[name] + share * loss.detach() if micro else share * loss.detach()
+        if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
+        return sums
+
+    def _update(self) -> None:
+        if self.clip is not None:
             self.clip(self.parameters)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
-        self._advance_schedule()
-        return {name: loss.detach() for name, loss in losses.items()}
+        if self.ema is not None:
+            self.ema.update(unwrapped(self.model))
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def _without_averaging(self) -> AbstractContextManager[None]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _advance_schedule(self) -> None:
         with warnings.catch_warnings():
@@ -84,31 +155,36 @@ class TrainStep:
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
             self.schedule.step()
 
-    def _losses(self, batch: Batch | list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _losses(self, batch: Samples) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            if isinstance(batch, Batch):
-                return self.model(batch.images, batch.targets)
             return self.model(batch)
 
-    def _require_finite(
-        self, total: Tensor, losses: dict[str, Tensor], batch: Batch | list[dict[str, Any]], iteration: int
-    ) -> None:
-        if torch.isfinite(total):
-            return
+    def _leave_out(self, losses: dict[str, Tensor], batch: Samples, iteration: int) -> None:
+        self.skipped += 1
         values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
-        raise ValueError(
-            f"the loss is not finite at iteration {iteration} on rank {comm.get_rank()} ({values}; learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:g}; samples {_sample_ids(batch)}). No weight was changed by it. "
-            "Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_EPOCHS or set SOLVER.CLIP_GRADIENTS.ENABLED True; --resume "
-            "goes on from the last checkpoint"
+        ids = comm.all_gather(sample_ids(batch))
+        what = (
+            f"a loss or gradient is not finite at iteration {iteration} ({values} on rank {comm.get_rank()}; learning "
+            f"rate {self.optimizer.param_groups[0]['lr']:g}; samples {_few([i for rank in ids for i in rank])})"
+        )
+        if self.skipped <= self.most_skipped:
+            logger.warning("%s; the step is left out, %d of at most %d", what, self.skipped, self.most_skipped)
+            return
+        raise NonFinite(
+            f"{what}. No weight was changed by it. Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_EPOCHS or set "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True; --resume goes on from the last checkpoint",
+            iteration,
+            ids,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, schedule and scaler."""
+        """Optimizer, schedule, scaler, the count of steps left out, and the average's count of updates."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+            "ema_updates": self.ema.updates if self.ema else 0,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,12 +192,50 @@ class TrainStep:
         self.schedule.load_state_dict(state["scheduler"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state.get("skipped", 0)
         apply_current(self.schedule)
 
 
-def _sample_ids(batch: Batch | list[dict[str, Any]], shown: int = 8) -> str:
+class NonFinite(ValueError):
+    """A loss or gradient that is no finite number. ids: the samples of the iteration, a list for each rank."""
+
+    def __init__(self, message: str, iteration: int, ids: list[list[int]]) -> None:
+        super().__init__(message)
+        self.iteration, self.ids = iteration, ids
+
+
+def all_finite(losses: dict[str, Tensor], gradients: Sequence[Tensor]) -> bool:
+    """Whether every loss and gradient is finite on every rank. Collective."""
+    values = list(losses.values())
+    if gradients:
+        # The largest magnitude of all: a sum of squares could overflow where every gradient is finite.
+        values.append(nn.utils.get_total_norm(gradients, float("inf")))
+    bad = (~torch.stack([value.float() for value in values]).isfinite()).any().float()
+    if comm.get_world_size() > 1:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return not bool(bad)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DDP."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _parts(batch: Samples, count: int) -> Sequence[Samples]:
+    if count == 1:
+        return [batch]
     if isinstance(batch, Batch):
-        ids = [] if batch.ids is None else batch.ids.tolist()
-    else:
-        ids = [sample.get("image_id", -1) for sample in batch]
+        return batch.parts(count)
+    size = -(-len(batch) // count)
+    return [batch[first : first + size] for first in range(0, len(batch), size)]
+
+
+def sample_ids(batch: Samples) -> list[int]:
+    """The ids of a batch's samples; -1 or nothing where they are not known."""
+    if isinstance(batch, Batch):
+        return [] if batch.ids is None else batch.ids.tolist()
+    return [int(sample.get("image_id", -1)) for sample in batch]
+
+
+def _few(ids: list[int], shown: int = 8) -> str:
     return f"{', '.join(map(str, ids[:shown]))}{f' and {len(ids) - shown} more' if len(ids) > shown else ''}"

@@ -11,7 +11,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
-from imgcls.checkpoint import SafeCheckpointer, write_checkpoint
+from imgcls.checkpoint import Resume, SafeCheckpointer, write_checkpoint
 from imgcls.engine.run import Run
 from imgcls.engine.setup import Data, finalize
 
@@ -43,8 +43,8 @@ class ClsTrainer(DefaultTrainer):
     def scheduler(self) -> Any:
         return self.run.step.schedule
 
-    def resume_or_load(self, resume: bool = True) -> None:
-        """As detectron2's; takes the newest whole checkpoint, whatever ``last_checkpoint`` says."""
+    def resume_or_load(self, resume: Resume = True) -> None:
+        """As detectron2's; takes the newest whole checkpoint, whatever ``last_checkpoint`` says, or the one named."""
         self.run.start(resume=resume)
         self.start_iter = self.iter = self.run.start_iter
 
@@ -57,6 +57,7 @@ class ClsTrainer(DefaultTrainer):
     def train(self) -> dict[str, Any]:
         """Train and return the last results; TEST.EXPECTED_RESULTS is judged by the command that calls this."""
         TrainerBase.train(self, self.start_iter, self.max_iter)
+        self._trainer.end()
         self._last_eval_results = self.run.results or self.run.evaluate()
         return self._last_eval_results
 
@@ -83,8 +84,11 @@ class _Stepper:
     def run_step(self) -> None:
         if self._batches is None:
             self._batches = self._run.batches()
-        losses = self._run.step(next(self._batches), self.iter)
-        self._run.record(self.iter, losses)
+        self._run.train_on(next(self._batches), self.iter)
+
+    def end(self) -> None:
+        """Let the loader see that nothing follows: it ends its workers and counts what could not be read."""
+        next(self._batches or iter(()), None)
 
 
 class _RunCheckpointer(SafeCheckpointer):

@@ -1,9 +1,15 @@
-"""What a run prints and writes: detectron2's writers, with a line of progress made for classification."""
+"""What a run prints and writes: a line of progress, ``metrics.json``, and what ``SOLVER.WRITERS`` names.
+
+All are detectron2's EventWriters. What goes wrong while one writes is a warning: a full disk or a lost network does
+not end a training.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,11 +17,18 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 
+from imgcls.engine.trackers import TRACKERS
+
 logger = logging.getLogger(__name__)
+
+_WINDOW = 20  # iterations that the rates on the line of progress speak of
 
 
 class ProgressLine(EventWriter):
-    """``iter 120/1250 epoch 1.92 loss 0.531 lr 0.0498 812 images/s data 3 % eta 0:01:23 memory 512 MB``."""
+    """``iter 120/1250 epoch 1.92 loss 0.531 lr 0.0498 812 images/s data 3 % eta 0:01:23 memory 512 MB``.
+
+    data: share of the time that was spent waiting for the loader. memory: see :func:`peak_memory`.
+    """
 
     def __init__(self, max_iter: int, global_batch: int, num_images: int) -> None:
         self.max_iter, self.global_batch, self.num_images = max_iter, global_batch, num_images
@@ -29,17 +42,28 @@ class ProgressLine(EventWriter):
             f"{name.removeprefix('total_')} {latest[name]:.4g}" for name in ("total_loss", "lr") if name in latest
         ]
         if latest.get("time"):
-            seconds = storage.history("time").median(20)
-            eta = timedelta(seconds=int(seconds * (self.max_iter - done)))
-            parts.append(f"{self.global_batch / seconds:.0f} images/s")
-            parts.append(f"data {100 * latest.get('data_time', 0.0) / latest['time']:.0f} %")
+            seconds, waiting = storage.history("time"), storage.history("data_time")
+            eta = timedelta(seconds=int(seconds.median(_WINDOW) * (self.max_iter - done)))
+            parts.append(f"{self.global_batch / seconds.median(_WINDOW):.0f} images/s")
+            parts.append(f"data {100 * waiting.avg(_WINDOW) / seconds.avg(_WINDOW):.0f} %")
             parts.append(f"eta {eta}")
-        if torch.cuda.is_available():
-            parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MB")
+        parts.append(f"memory {peak_memory():.0f} MB")
         logger.info("  ".join(parts))
 
     def close(self) -> None:
         pass
+
+
+def peak_memory() -> float:
+    """MiB at most so far: of tensors on the GPU; without one, of this process (its data workers apart)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return taken / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Stopwatch:
@@ -54,11 +78,49 @@ class Stopwatch:
         return seconds
 
 
+class Tolerant(EventWriter):
+    """Another writer, whose failures do not end the run: the first of a row is a warning, the next write tries again.
+
+    make: builds the writer; called at the first write, and again where it failed.
+    """
+
+    def __init__(self, name: str, make: Callable[[], EventWriter]) -> None:
+        self._name, self._make = name, make
+        self._writer: EventWriter | None = None
+        self._failing = False
+
+    def write(self) -> None:
+        try:
+            if self._writer is None:
+                self._writer = self._make()
+            self._writer.write()
+        except Exception as error:
+            if not self._failing:
+                logger.warning("%s is not written, training goes on: %s", self._name, error or type(error).__name__)
+            self._failing = True
+            return
+        if self._failing:
+            logger.info("%s is written again", self._name)
+        self._failing = False
+
+    def close(self) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except Exception as error:
+            if not self._failing:
+                logger.warning("the end of %s is missing: %s", self._name, error or type(error).__name__)
+
+
 def build_writers(cfg: CfgNode, num_images: int) -> list[EventWriter]:
-    """Progress on the console, ``metrics.json`` (a JSON object a line) and TensorBoard in OUTPUT_DIR."""
+    """Progress on the console, ``metrics.json`` (a JSON object a line) and what ``SOLVER.WRITERS`` names."""
     folder = Path(cfg.OUTPUT_DIR)
+    makers: dict[str, Callable[[], EventWriter]] = {
+        "tensorboard": lambda: TensorboardXWriter(str(folder)),
+        **{name: tracker.of_run(cfg) for name, tracker in TRACKERS.items()},
+    }
     return [
         ProgressLine(cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, num_images),
-        JSONWriter(str(folder / "metrics.json")),
-        TensorboardXWriter(str(folder)),
+        Tolerant("metrics.json", lambda: JSONWriter(str(folder / "metrics.json"))),
+        *(Tolerant(name, makers[name]) for name in cfg.SOLVER.WRITERS),
     ]

@@ -6,7 +6,7 @@ from imgcls.modeling.build import BUILD_GUARDS, build_trunk, build_variant, is_c
 from imgcls.modeling.cls_net import ClsNet, make_classifier
 from imgcls.modeling.heads import HEAD_REGISTRY
 from imgcls.modeling.input_channels import fit_channels, fit_to_input, input_convolution
-from imgcls.modeling.losses import LOSS_REGISTRY
+from imgcls.modeling.losses import BALANCED, LOSS_REGISTRY, build_loss
 from imgcls.modeling.spec import (
     Family,
     Source,
@@ -19,6 +19,7 @@ from imgcls.modeling.spec import (
 )
 
 __all__ = [
+    "BALANCED",
     "BUILD_GUARDS",
     "HEAD_REGISTRY",
     "LOSS_REGISTRY",
@@ -30,6 +31,7 @@ __all__ = [
     "Trunk",
     "all_variants",
     "backbones",
+    "build_loss",
     "build_trunk",
     "build_variant",
     "families",

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from imgcls.modeling.backbone_base import Architecture, Trunk
 from imgcls.modeling.build import make_trunk
 from imgcls.modeling.heads import FAMILY_HEAD, make_head
-from imgcls.modeling.losses import LOSS_REGISTRY
+from imgcls.modeling.losses import CrossEntropy, build_loss
 from imgcls.modeling.spec import family_of
 from imgcls.structures import Batch, PreprocessingContract, Problem
 
 # A float batch inside this range was normalised already, or scaled to 0..1: either would train a wrong network.
 SUSPICIOUS_RANGE = 10.0
+# Of several classes a picture, those whose score reaches this are predicted, until thresholds were tuned.
+DEFAULT_THRESHOLD = 0.5
 
 
 @META_ARCH_REGISTRY.register()
@@ -42,6 +44,7 @@ class ClsNet(nn.Module):
         contract: PreprocessingContract,
         channels_last: bool = False,
         auxiliary_weight: float = 0.3,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         if contract.input_format != "RGB":
@@ -53,6 +56,9 @@ class ClsNet(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.feature = list(backbone.output_shape())[-1]  # type: ignore[operator]
         self.auxiliary_weight = auxiliary_weight
+        self.multi_label = multi_label
+        # Of several labels a picture: from which score on a class is predicted, one for each class or one for all.
+        self.thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,)
         self.register_buffer("pixel_mean", _per_channel(contract.pixel_mean), persistent=False)
         self.register_buffer("pixel_scale", 1.0 / _per_channel(contract.pixel_std), persistent=False)
         self.to(memory_format=self.memory_format)
@@ -70,7 +76,8 @@ class ClsNet(nn.Module):
             "backbone": backbone,
             "head": _head_over(backbone, node),
             "auxiliary_weight": node.AUX_WEIGHT,
-            "loss": LOSS_REGISTRY.get(cfg.MODEL.LOSS.NAME)(cfg.MODEL.LOSS.LABEL_SMOOTHING),
+            "multi_label": node.MULTI_LABEL,
+            "loss": build_loss(cfg.MODEL.LOSS),
             "contract": PreprocessingContract.from_cfg(cfg),
             "channels_last": cfg.MODEL.CHANNELS_LAST,
         }
@@ -88,15 +95,22 @@ class ClsNet(nn.Module):
         normalized: the images went through (x - mean) / std already.
 
         Returns in training a dict of scalar losses. In evaluation logits (N, K) for tensors and batches; for a list of
-        dicts a list of dicts with ``logits`` (K,), ``scores`` (K,) after softmax, and ``pred_class`` (int).
+        dicts a list of dicts with ``logits`` (K,), ``scores`` (K,) after softmax, and ``pred_class`` (int); of a
+        network for several labels a picture ``scores`` (K,) after sigmoid, and ``pred_classes``: the indices, rising,
+        of those that reach the class's threshold.
         """
         batch = self.to_batch(inputs, targets)
+        if not (normalized or isinstance(inputs, Batch)):
+            # What a Batch holds is known; a loader made it.
+            _require_pixel_values(batch.images)
         if self.training:
             if batch.targets is None:
                 raise ValueError("training needs targets: call model(images, targets), or put 'label' into every dict")
             return self._losses(batch.images, batch.targets, normalized)
-        logits = self.logits(batch.images, normalized=normalized)
-        return _as_dicts(logits) if isinstance(inputs, (list, tuple)) else logits
+        logits = self._all_logits(batch.images, normalized)[""]
+        if not isinstance(inputs, (list, tuple)):
+            return logits
+        return _with_several(logits, self.thresholds) if self.multi_label else _with_one(logits)
 
     def to_batch(self, inputs: Any, targets: Tensor | None = None) -> Batch:
         """The one place that tells the forms of input apart; the result lies on the model's device."""
@@ -116,6 +130,8 @@ class ClsNet(nn.Module):
 
     def logits(self, images: Tensor | Sequence[Tensor], *, normalized: bool = False) -> Tensor:
         """(N, K). Each image gets the logits it would get alone: sizes are never padded to one another."""
+        if not normalized:
+            _require_pixel_values(images)
         return self._all_logits(images, normalized)[""]
 
     def _losses(self, images: Tensor | Sequence[Tensor], targets: Tensor, normalized: bool) -> dict[str, Tensor]:
@@ -151,13 +167,6 @@ class ClsNet(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """(x - mean) / std of images with values 0..255; the argument is left as it is."""
-        if images.is_floating_point():
-            low, high = (value.item() for value in images.aminmax())
-            if low >= -SUSPICIOUS_RANGE and high <= SUSPICIOUS_RANGE:
-                raise ValueError(
-                    f"float images lie in [{low:.3g}, {high:.3g}]; expected RGB values in 0..255. Multiply images of "
-                    "0..1 by 255; for images that are normalised already say model(images, normalized=True)"
-                )
         # A copy even from float to float: the arithmetic below is in place.
         values = images.to(self.pixel_mean.dtype, copy=True, memory_format=self.memory_format)
         return values.sub_(self.pixel_mean).mul_(self.pixel_scale)
@@ -180,7 +189,7 @@ def make_classifier(
     trunk = make_trunk(architecture, in_channels=len(contract.pixel_mean), out_features=taps, drop_path=drop_path)
     row, shapes = family.variants[architecture.variant], trunk.output_shape()
     head = make_head(FAMILY_HEAD, family, row, shapes, num_classes, norm=architecture.norm)
-    return ClsNet(backbone=trunk, head=head, loss=LOSS_REGISTRY.get("CrossEntropy")(0.0), contract=contract)
+    return ClsNet(backbone=trunk, head=head, loss=CrossEntropy(), contract=contract)
 
 
 def _head_over(backbone: nn.Module, node: CfgNode) -> nn.Module:
@@ -198,6 +207,20 @@ def _head_over(backbone: nn.Module, node: CfgNode) -> nn.Module:
     )
 
 
+def _require_pixel_values(images: Tensor | Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` for float images that can be no values 0..255."""
+    floats = [image for image in ([images] if isinstance(images, Tensor) else images) if image.is_floating_point()]
+    for image in floats:
+        low, high = (value.item() for value in image.aminmax())
+        if low < -SUSPICIOUS_RANGE or high > SUSPICIOUS_RANGE:
+            return
+    if floats:
+        raise ValueError(
+            f"float images lie in [{low:.3g}, {high:.3g}]; expected RGB values in 0..255. Multiply images of 0..1 by "
+            "255; for images that are normalised already say model(images, normalized=True)"
+        )
+
+
 def _per_channel(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
@@ -210,10 +233,19 @@ def _from_dicts(samples: Sequence[dict[str, Any]]) -> Batch:
     return Batch(torch.stack(images) if same_size else images, targets)
 
 
-def _as_dicts(logits: Tensor) -> list[dict[str, Any]]:
+def _with_one(logits: Tensor) -> list[dict[str, Any]]:
     scores = logits.softmax(dim=1)
     best = scores.argmax(dim=1).tolist()
     return [
         {"logits": row, "scores": score, "pred_class": index}
         for row, score, index in zip(logits, scores, best, strict=True)
+    ]
+
+
+def _with_several(logits: Tensor, thresholds: Sequence[float]) -> list[dict[str, Any]]:
+    # In double precision, as thresholds are tuned: in float32 many scores near 1 are one number.
+    chosen = logits.float().cpu().double().sigmoid() >= torch.tensor(thresholds, dtype=torch.float64)
+    return [
+        {"logits": row, "scores": row.sigmoid(), "pred_classes": picked.nonzero().flatten().tolist()}
+        for row, picked in zip(logits, chosen, strict=True)
     ]

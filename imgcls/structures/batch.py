@@ -32,6 +32,18 @@ class Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
         return self._apply(lambda tensor: tensor.pin_memory())
 
+    def parts(self, count: int) -> list[Batch]:
+        """The same samples in order, in ``count`` batches as equal as can be; fewer where there are fewer samples."""
+        size = -(-len(self) // count)
+        return [self._cut(slice(first, first + size)) for first in range(0, len(self), size)]
+
+    def _cut(self, part: slice) -> Batch:
+        return Batch(
+            self.images[part],
+            None if self.targets is None else self.targets[part],
+            None if self.ids is None else self.ids[part],
+        )
+
     def _apply(self, fn) -> Batch:  # type: ignore[no-untyped-def]
         images = [fn(image) for image in self.images] if isinstance(self.images, list) else fn(self.images)
         targets = None if self.targets is None else fn(self.targets)

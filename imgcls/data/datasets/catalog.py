@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from imgcls.data.datasets import known_sets
+from imgcls.data.datasets.class_names import aligned
+from imgcls.data.datasets.coco_labels import CocoLabelsSource
 from imgcls.data.datasets.folder import FolderSource
+from imgcls.data.datasets.hold_out import TENTH, HeldOutSource, HoldOut
+from imgcls.data.datasets.lists import SPLITS, ListSource
+from imgcls.data.datasets.rotated import RotatedClasses
+from imgcls.data.datasets.shards import ShardSource
 from imgcls.data.datasets.source import ArraySource, ConcatSource, DictSource, Source
+from imgcls.data.digit_sets import SIZES, DigitSets
 from imgcls.data.digits import load_digits
 from imgcls.structures import Problem
 
-DIGITS = tuple("0123456789")
 
-
-def open_source(name: str, *, root: str = "", classes: Sequence[str] | None = None) -> Source:
+def open_source(
+    name: str, *, root: str = "", classes: Sequence[str] | None = None, hold_out: HoldOut = TENTH
+) -> Source:
     """The data set called ``name``.
 
     name: one of :data:`SETS`; ``folder:DIR``, ``folder:DIR#train`` or ``folder:DIR#val``; or a name in detectron2's
-        DatasetCatalog whose samples have ``file_name`` and ``label``.
+        DatasetCatalog whose samples have ``file_name`` and ``label``. ``#train`` and ``#val`` behind any of these names
+        are the two parts of a fixed split.
     root: where the set lies, instead of $DETECTRON2_DATASETS/<its folder>.
     classes: the training set's, so that another split's labels follow the same names.
+    hold_out: how much ``#val`` takes, and which of the possible splits it is.
     """
-    if name.startswith("folder:"):
-        return _open_folder(name.removeprefix("folder:"), classes)
+    prefix, colon, spelling = name.partition(":")
+    if colon and prefix in OPENERS:
+        return aligned(OPENERS[prefix](spelling, root, classes, hold_out), classes)
+    whole, mark, split = name.rpartition("#")
+    if mark and split in ("train", "val") and name not in DatasetCatalog.list():
+        return HeldOutSource(open_source(whole, root=root, classes=classes), split, hold_out)
     if name in SETS and name not in _taken:
         source = SETS[name](root)
     elif name in DatasetCatalog.list():
@@ -39,79 +50,79 @@ def open_source(name: str, *, root: str = "", classes: Sequence[str] | None = No
         near = difflib.get_close_matches(name, known, n=3) or list(SETS)
         allowed = f"folder:DIR, or a registered name such as {', '.join(near)}"
         raise Problem("there is no such data set", name, allowed, "DATASETS.TRAIN or DATASETS.TEST").error()
-    _require_classes(source, classes)
-    return source
+    return aligned(source, classes)
 
 
 def open_sources(
-    names: Sequence[str], *, root: str = "", classes: Sequence[str] | None = None, key: str = "DATASETS.TRAIN"
+    names: Sequence[str],
+    *,
+    root: str = "",
+    classes: Sequence[str] | None = None,
+    hold_out: HoldOut = TENTH,
+    key: str = "DATASETS.TRAIN",
 ) -> Source:
     """The data sets of one config key as a single source."""
     if not names:
         raise Problem("no data set is named", names, "one name or more", key).error()
-    sources = [open_source(name, root=root, classes=classes) for name in names]
+    sources = [open_source(name, root=root, classes=classes, hold_out=hold_out) for name in names]
     return sources[0] if len(sources) == 1 else ConcatSource(sources)
 
 
-def _open_folder(spelling: str, classes: Sequence[str] | None) -> FolderSource:
+def _open_folder(spelling: str, root: str, classes: Sequence[str] | None, hold_out: HoldOut) -> FolderSource:
     path, mark, split = spelling.rpartition("#")
     if mark and split in ("train", "val"):
-        return FolderSource(path, split, classes)
+        return FolderSource(path, split, classes, hold_out)
     return FolderSource(spelling, None, classes)
 
 
-def _require_classes(source: Source, classes: Sequence[str] | None) -> None:
-    if classes is not None and tuple(classes) != source.classes:
-        raise ValueError(
-            f"{source.name} has the classes {list(source.classes)[:5]}... ({len(source.classes)}), the training set "
-            f"has {list(classes)[:5]}... ({len(classes)}); change DATASETS.TRAIN or DATASETS.TEST"
-        )
+def _open_list(spelling: str, root: str, classes: Sequence[str] | None, hold_out: HoldOut) -> ListSource:
+    file, mark, split = spelling.rpartition("#")
+    return ListSource(file, split, root, hold_out) if mark and split in SPLITS else ListSource(spelling, None, root)
 
 
-def _dataset_root(root: str, folder: str) -> Path:
-    return Path(root) if root else Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / folder
+def _open_coco_labels(spelling: str, root: str, classes: Sequence[str] | None, hold_out: HoldOut) -> Source:
+    return _part_of(CocoLabelsSource, spelling, hold_out)
 
 
-def _class_folders(folder: str, split: str, root: str) -> Source:
-    return FolderSource(_dataset_root(root, folder) / split)
+def _open_shards(spelling: str, root: str, classes: Sequence[str] | None, hold_out: HoldOut) -> Source:
+    return _part_of(ShardSource, spelling, hold_out)
+
+
+def _open_rotated(spelling: str, root: str, classes: Sequence[str] | None, hold_out: HoldOut) -> RotatedClasses:
+    return RotatedClasses(open_source(spelling, root=root, hold_out=hold_out))
+
+
+def _part_of(opener: Callable[[str], Source], spelling: str, hold_out: HoldOut) -> Source:
+    whole, mark, split = spelling.rpartition("#")
+    if mark and split in ("train", "val"):
+        return HeldOutSource(opener(whole), split, hold_out)
+    return opener(spelling)
 
 
 def _embedded_digits(split: str, root: str) -> Source:
     pixels, labels = load_digits(split)
-    return ArraySource(f"digits_{split}", pixels, labels, DIGITS)
+    return ArraySource(f"digits_{split}", pixels, labels, tuple("0123456789"))
 
 
-def _mnist(train: bool, root: str) -> Source:
-    from torchvision.datasets import MNIST
-
-    folder = _dataset_root(root, "mnist")
-    try:
-        mnist = MNIST(str(folder), train=train)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-    ) as error:  # absent; the others: a damaged file
-        raise ValueError(
-            f"MNIST cannot be read from {folder}: {error or 'a file is damaged'}. Fetch it with "
-            f"python -c \"from torchvision.datasets import MNIST; MNIST('{folder}', download=True)\", "
-            "or set DETECTRON2_DATASETS or --data"
-        ) from error
-    name = "mnist_train" if train else "mnist_test"
-    return ArraySource(name, mnist.data.numpy(), mnist.targets.numpy().astype(np.int64), DIGITS)
+def _digit_sets(split: str, root: str) -> Source:
+    return DigitSets(split)
 
 
-# name -> function(root) that opens it. ImageNet and CIFAR-10 as class folders, <root>/train/<class>/<image> and so on.
+# What stands before the colon of a name -> function(what stands behind it, root, classes of the training set).
+OPENERS: dict[str, Callable[[str, str, Sequence[str] | None, HoldOut], Source]] = {
+    "folder": _open_folder,
+    "list": _open_list,
+    "coco-labels": _open_coco_labels,
+    "shards": _open_shards,
+    "rotated": _open_rotated,
+}
+
+# name -> function(root) that opens it.
 SETS: dict[str, Callable[[str], Source]] = {
-    "imagenet_train": partial(_class_folders, "imagenet", "train"),
-    "imagenet_val": partial(_class_folders, "imagenet", "val"),
-    "cifar10_train": partial(_class_folders, "cifar10", "train"),
-    "cifar10_test": partial(_class_folders, "cifar10", "test"),
-    "mnist_train": partial(_mnist, True),
-    "mnist_test": partial(_mnist, False),
+    **known_sets.openers(),
     "digits_train": partial(_embedded_digits, "train"),
     "digits_val": partial(_embedded_digits, "val"),
+    **{f"digitsets_{split}": partial(_digit_sets, split) for split in SIZES},
 }
 
 
