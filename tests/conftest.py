@@ -104,16 +104,25 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    """The lines that imgcls.config logs during a test."""
-    handler, logger = Lines(), logging.getLogger("imgcls.config")
+@contextlib.contextmanager
+def lines_of(name: str) -> Iterator[list[str]]:
+    """A list that fills with what the logger ``name`` and those below it say."""
+    handler, logger = Lines(), logging.getLogger(name)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    yield handler.lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    try:
+        yield handler.lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The lines that imgcls.config logs during a test."""
+    with lines_of("imgcls.config") as lines:
+        yield lines
 
 
 @dataclass

@@ -21,6 +21,7 @@ IMAGES = [torch.full((3, 2, 2), value, dtype=torch.uint8) for value in (1, 2)]
 
 def written(buffers: BatchBuffers, images: list[torch.Tensor]) -> torch.Tensor | None:
     """What arrives of ``images`` where they are written to a free buffer and sent; None if they are not in one."""
+    # Pickles of our own making, here and below: what a queue does between a worker and its loader.
     draws = pickle.loads(pickle.dumps(BufferedDraws([Draw(0, 0)], (buffers.number, buffers.take()))))
     writer = ImageWriter(draws)
     placed = [writer.add(image) for image in images]

@@ -243,7 +243,7 @@ def test_a_pickle_of_somebody_else_is_never_opened(file: str, tmp_path: Path, mo
         ):
             open_source(f"cifar10_{split}", root=str(tmp_path))
     assert not (tmp_path / "opened").exists()
-    pickle.loads(evil)
+    pickle.loads(evil)  # our own canary, which makes a folder in this test's own
     assert (tmp_path / "opened").exists()  # it would have sung
 
 
@@ -287,6 +287,7 @@ def test_stl10_stays_on_disk(tmp_path: Path, counts: Callable[..., None], monkey
     assert isinstance(source.pixels._pixels, np.memmap)
     sent = pickle.dumps(source)
     assert len(sent) < 2000 < 4 * 27648
+    # Made two lines above, as a worker that is spawned gets it.
     np.testing.assert_array_equal(pickle.loads(sent)[2]["pixels"], source[2]["pixels"])
 
 

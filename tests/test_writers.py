@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import resource
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Lines
+from conftest import lines_of
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 
@@ -25,13 +24,8 @@ from imgcls.engine.writers import ProgressLine, Tolerant, build_writers, peak_me
 @pytest.fixture
 def told() -> Iterator[list[str]]:
     """The lines that imgcls.engine logs during a test."""
-    handler, logger = Lines(), logging.getLogger("imgcls.engine")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler.lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
+    with lines_of("imgcls.engine") as lines:
+        yield lines
 
 
 def record(storage: EventStorage, **scalars: float) -> None:
