@@ -10,10 +10,11 @@ import torch
 from test_loops import run_in_process, same
 from torch import nn
 
-from imgcls.engine import Run, finalize
+from imgcls.engine import Run, finalize, step
 from imgcls.engine.replay import replay, told
-from imgcls.engine.step import all_finite
+from imgcls.engine.step import can_be_masked, verdict
 from imgcls.modeling.cls_net import ClsNet
+from imgcls.solver import optimizers
 
 SHORT = ("DATALOADER.NUM_WORKERS", 0, "DATASETS.TEST", (), "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2)
 BAD = 3  # the iteration that goes wrong; iteration 3 is one that saves
@@ -148,9 +149,60 @@ def test_the_replay_names_the_first_module_that_is_wrong(classifier_cfg, tmp_pat
     assert found["outputs"][0].startswith("backbone.res3") and "head" in " ".join(found["outputs"])
 
 
-def test_all_finite():
+def test_the_verdict():
     one, large = torch.tensor(1.0), torch.full((4,), 3e38)  # whose squares are not finite
-    assert all_finite({"a": one}, []) and all_finite({"a": one}, [large, one])
+    assert verdict({"a": one}, []).tolist() == [0, 0] and verdict({"a": one}, [large, one], 15).tolist() == [0, 15]
     for bad in (torch.tensor(float("nan")), torch.tensor([1.0, float("-inf")])):
-        assert not all_finite({"a": one}, [one, bad])
-        assert not all_finite({"a": bad.sum()}, [one])
+        assert verdict({"a": one}, [one, bad]).tolist() == [1, 0]
+        assert verdict({"a": bad.sum()}, [one], 2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_read_one_step_later_the_verdict_changes_nothing_else(kind, poison, classifier_cfg, monkeypatch):
+    """As on a GPU: the optimizer obeys the verdict on the device, the host reads it with the next step."""
+
+    def skipping(late):
+        poison("gradient", at=(0, BAD))  # the first step too: no state is there yet
+        cfg = classifier_cfg("mobilenet_v1_0.25", *SHORT, "SOLVER.OPTIMIZER", kind, "SOLVER.BASE_LR", 0.01)
+        cfg.merge_from_list(
+            ["SOLVER.NON_FINITE", "skip", "SOLVER.EMA.ENABLED", True, "OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_{late}"]
+        )
+        run = Run(*finalize(cfg))
+        assert run.step.late is False and can_be_masked(run.step.optimizer)
+        run.step.late = late
+        values = [run.step(batch, i) and run.step.skipped for i, batch in enumerate(run.batches())]
+        run.step.settle()
+        return run, values
+
+    monkeypatch.setattr(optimizers, "_fused", lambda name, groups: {"fused": True})
+    (early, at_once), (late, later) = skipping(False), skipping(True)
+    assert at_once == [1, 1, 1, 2, 2, 2] and later == [0, 1, 1, 1, 2, 2]
+    ours, theirs = early.checkpoint(5), late.checkpoint(5)
+    for part in ("model", "live"):
+        assert same(ours[part], theirs[part])
+    assert _plain(ours["optimizer"]) == _plain(theirs["optimizer"]) and ours["scheduler"] == theirs["scheduler"]
+    assert ours["ema_updates"] == theirs["ema_updates"] == 4
+
+
+def _plain(state):
+    return {name: {key: value.tolist() for key, value in row.items()} for name, row in state["state"].items()}
+
+
+def test_a_late_verdict_stops_at_the_same_place(poison, classifier_cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizers, "_fused", lambda name, groups: {"fused": True})
+    monkeypatch.setattr(step, "can_be_masked", lambda optimizer: True)
+    make = step.TrainStep.__init__
+
+    def as_on_a_gpu(self, *rest, **more):
+        make(self, *rest, **more)
+        self.late = True
+
+    monkeypatch.setattr(step.TrainStep, "__init__", as_on_a_gpu)
+    for bad in (2, BAD):  # iteration 3 saves: the file waits for its verdict
+        folder = tmp_path / f"bad{bad}"
+        poison("gradient", at=(bad,))
+        with pytest.raises(ValueError, match=rf"not finite at iteration {bad} "):
+            run_in_process("builtin", classifier_cfg("mobilenet_v1_0.25", *SHORT, "OUTPUT_DIR", str(folder)))
+        assert sorted(p.name for p in folder.glob("*.pth")) == ["model_0000001.pth", f"replay_{bad:07d}.pth"]
+        state = torch.load(folder / f"replay_{bad:07d}.pth", weights_only=True)
+        assert state["iteration"] == bad - 1 and state["scheduler"]["last_epoch"] == bad

@@ -118,6 +118,8 @@ def _add_data(cfg: CfgNode) -> None:
     _set_new(cfg.DATALOADER, "SAMPLING", "shuffle")
     # Shards of a packed set that are mixed at a time, for storage that is slow to jump about in; 0: read at random.
     _set_new(cfg.DATALOADER, "SHUFFLE_BLOCK", 0)
+    # File that gets a JSON line an iteration, with the indices of the samples that each rank trained on; empty: none.
+    _set_new(cfg.DATALOADER, "TRACE", "")
     _set_new(cfg.DATALOADER, "REPEATS", 1)  # draws of each image in a row (repeated augmentation: 3)
     _set_new(cfg.TEST, "IMS_PER_BATCH", 128)  # images per rank and evaluation step
     # Figure that chooses model_best.pth; auto: top1, with several labels a picture mAP.

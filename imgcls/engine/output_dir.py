@@ -64,12 +64,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def mend_metrics(folder: str | Path, start_iter: int) -> None:
-    """Drop from ``metrics.json`` a line torn by a kill and the lines of iterations that will be run again."""
-    path = Path(folder) / "metrics.json"
+    """:func:`mend_lines` for ``metrics.json``."""
+    mend_lines(Path(folder) / "metrics.json", start_iter)
+
+
+def mend_lines(path: Path, start_iter: int) -> None:
+    """Drop from a file of JSON lines one torn by a kill and those of iterations that will be run again."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    temporary = path.with_name(".metrics.json.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(line + "\n" for line in lines if _before(line, start_iter)), encoding="utf-8")
     temporary.replace(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,16 @@ from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from torch import Tensor, nn
 
 import imgcls
-from imgcls.checkpoint import (
-    BEST,
-    FINAL,
-    Resume,
-    checkpoint_to_resume,
-    load_weights,
-    prune,
-    read_checkpoint,
-    require_state,
-    set_aside_newer,
-    sweep,
-    write_checkpoint,
-)
+from imgcls.checkpoint import Resume
 from imgcls.data import Loader, build_test_loader, build_train_loader, mix
+from imgcls.engine import starting
 from imgcls.engine.distributed import first_rank_does, wrap_for_ranks
 from imgcls.engine.output_dir import mend_metrics
 from imgcls.engine.replay import keep
+from imgcls.engine.saving import Saving
 from imgcls.engine.setup import Data
 from imgcls.engine.step import NonFinite, TrainStep
+from imgcls.engine.trace import Trace, open_trace
 from imgcls.engine.writers import Stopwatch, build_writers
 from imgcls.evaluation import (
     ClassificationEvaluator,
@@ -47,10 +39,9 @@ from imgcls.evaluation import (
     write_tables,
 )
 from imgcls.layers import average_running_statistics
-from imgcls.modeling import Trunk, fit_to_input
 from imgcls.solver import build_optimizer, build_schedule
 from imgcls.solver.schedules import PlateauMultiplier, apply_current
-from imgcls.structures import LoadReport, PreprocessingContract
+from imgcls.structures import LoadReport
 
 logger = logging.getLogger(__name__)
 
@@ -72,105 +63,25 @@ class Run:
         self.best: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self._folder = Path(cfg.OUTPUT_DIR)
+        self._saving = Saving(self._folder, keep=cfg.SOLVER.CHECKPOINT_KEEP)
         self._test_loader: Loader | None = None
         self._evaluator: LogitsEvaluator | None = None
         self._step: TrainStep | None = None
+        self._trace: Trace | None = None
 
     # -- where the weights come from ---------------------------------------------------------------------------------
 
     def start(self, *, resume: Resume) -> None:
         """Go on from the checkpoint named or the newest whole one, or begin with ``MODEL.WEIGHTS``. Collective."""
-        checkpoint = checkpoint_to_resume(resume, self._folder)
-        if checkpoint is not None:
-            self.resume_from(checkpoint)
-            if not isinstance(resume, bool):
-                first_rank_does(partial(set_aside_newer, checkpoint, self._folder))
-                # What the record speaks of may lie in another folder, or belong to the course that was left.
-                self.best = self.best if (self._folder / BEST).is_file() else {}
-            return
-        if resume:
-            logger.warning("--resume: %s has no checkpoint, starting at iteration 0", self._folder)
-        if self.cfg.MODEL.WEIGHTS:
-            self.load_initial(self.cfg.MODEL.WEIGHTS)
+        starting.start(self, resume)
 
     def load_initial(self, path: str) -> LoadReport:
         """Weights to begin with (a classifier's checkpoint or a converted backbone); a misfit is a ``ValueError``."""
-        content = read_checkpoint(path)
-        weights = dict(content["model"])
-        notes = content.get("imgcls", {})
-        if content.get("matching_heuristics"):
-            weights = {f"backbone.{name}": tensor for name, tensor in weights.items()} | notes.get("classifier", {})
-        if isinstance(self.model.backbone, Trunk):
-            weights = fit_to_input(weights, self.model.backbone, "backbone.")
-        if not hasattr(self.model.head, "auxiliary"):
-            # They serve training only; MODEL.HEAD.AUX_WEIGHT 0 leaves them out.
-            weights = {name: value for name, value in weights.items() if not name.startswith("head.auxiliary.")}
-        self._require_same_contract(content, path)
-        if self.data.train is None and content.get("thresholds"):
-            # Training would make them another network's.
-            self.model.thresholds = tuple(content["thresholds"])
-        reset = self.cfg.MODEL.HEAD.RESET
-        if reset:
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
-        else:
-            self._require_same_classes({**notes, **content}, path)
-        report = load_weights(self.model, weights, may_be_new=lambda name: reset and name.startswith("head."))
-        report.require_complete(
-            path,
-            "For another data set set MODEL.HEAD.RESET True (a new head); for another network change "
-            "MODEL.BACKBONE.VARIANT or MODEL.WEIGHTS",
-        )
-        logger.info("%s: %s", path, report.summary())
-        return report
+        return starting.load_initial(self, path)
 
     def resume_from(self, path: Path) -> None:
         """Take over a run's checkpoint, and with it its place in the run; a misfit is a ``ValueError``."""
-        content = read_checkpoint(path, check_digest=False)
-        require_state(content, path)
-        self._require_same_classes(content, str(path))
-        self._require_same_contract(content, str(path))
-        # Where an average is kept, "model" is the average: what was evaluated, and what is handed over.
-        load_weights(self.model, content.get("live", content["model"])).require_complete(
-            str(path), "--resume needs the config that the run began with (config.yaml in its OUTPUT_DIR)"
-        )
-        self.step.load_state_dict(content)
-        if self.step.ema is not None and "live" in content:
-            self.step.ema.load_state_dict(content["model"], content["ema_updates"])
-        self.best = dict(content["best"])
-        self.start_iter = int(content["iteration"]) + 1
-        logger.info("resuming from %s at iteration %d of %d", path, self.start_iter, self.max_iter)
-        if self.start_iter >= self.max_iter:
-            logger.warning(
-                "nothing is left to train: %s has done %d iterations, SOLVER.MAX_ITER is %d",
-                path.name,
-                self.start_iter,
-                self.max_iter,
-            )
-
-    def _require_same_classes(self, content: dict[str, Any], path: str) -> None:
-        theirs = content.get("classes")
-        if theirs and tuple(theirs) != self.data.classes:
-            raise ValueError(
-                f"{path} knows {len(theirs)} classes ({', '.join(theirs[:5])}, ...), the data has "
-                f"{len(self.data.classes)} ({', '.join(self.data.classes[:5])}, ...). Change DATASETS.TRAIN, or set "
-                "MODEL.HEAD.RESET True to train a new head"
-            )
-
-    def _require_same_contract(self, content: dict[str, Any], path: str) -> None:
-        notes = {**content, **content.get("imgcls", {})}
-        contract, theirs = notes.get("contract"), notes.get("architecture")
-        differences = []
-        if contract and len(contract["pixel_mean"]) == len(self.cfg.MODEL.PIXEL_MEAN):
-            # Another number of channels has its own mean and std.
-            differences = PreprocessingContract.from_dict(contract).differences(self.cfg)
-        ours = _architecture(self.model.backbone)
-        # Of a network whose stems differ in stride alone the tensors would fit, and mean something else.
-        if theirs and ours and theirs["stem"] != ours["stem"]:
-            differences.append(
-                f"MODEL.BACKBONE.STEM is {ours['stem']!r} in the config, the weights need {theirs['stem']!r}"
-            )
-        if differences:
-            raise ValueError(f"{path} does not fit the config: {'; '.join(differences)}. Change these keys")
+        starting.resume_from(self, path)
 
     # -- what a loop uses --------------------------------------------------------------------------------------------
 
@@ -193,6 +104,7 @@ class Run:
         """This rank's batches of iterations ``start_iter`` .. ``max_iter`` - 1; takes the time that waiting costs."""
         if self.data.train is None:
             raise ValueError("this run has no training data; it was set up to evaluate only")
+        self._trace = open_trace(self.cfg.DATALOADER.TRACE, self.start_iter)
         self._clock, waiting = Stopwatch(), Stopwatch()
         for batch in build_train_loader(self.cfg, self.data.train, start=self.start_iter):
             self._data_time = waiting.lap()
@@ -200,13 +112,21 @@ class Run:
             waiting.lap()
 
     def train_on(self, batch: Any, iteration: int) -> None:
-        """One step, and its record. Collective. Numbers that are not finite leave the state before them in a file."""
-        try:
+        """One step, and its record. Collective."""
+        with self._fault_kept():
             losses = self.step(batch, iteration)
-        except NonFinite as fault:
-            first_rank_does(partial(keep, self._folder, self.checkpoint(iteration - 1), fault))
-            raise
+        if self._trace is not None:
+            self._trace.write(iteration, batch)
         self.record(iteration, losses)
+
+    @contextmanager
+    def _fault_kept(self) -> Iterator[None]:
+        """Numbers that are not finite leave the state before their step in a file. Collective."""
+        try:
+            yield
+        except NonFinite as fault:
+            first_rank_does(partial(keep, self._folder, self.checkpoint(fault.iteration - 1), fault))
+            raise
 
     def record(self, iteration: int, losses: dict[str, Tensor]) -> None:
         """Put losses (mean over the ranks), learning rate and times into the event storage. Collective when due."""
@@ -240,11 +160,13 @@ class Run:
         saving = self.due(self.cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
         if not (evaluating or saving):
             return
+        with self._fault_kept():
+            self.step.settle()
         average_running_statistics(self.model)
         if self.network is not self.model:
             average_running_statistics(self.network)
         improved = self._evaluate_at(iteration) if evaluating else False
-        first_rank_does(lambda: self._save_all(iteration, saving, improved))
+        first_rank_does(lambda: self._save(iteration, saving, improved))
         self._clock.lap()
 
     def writers(self) -> list[EventWriter]:
@@ -313,20 +235,12 @@ class Run:
             return not math.isnan(value)
         return value < self.best["value"] if metric in COSTS else value > self.best["value"]
 
-    def _save_all(self, iteration: int, saving: bool, improved: bool) -> None:
+    def _save(self, iteration: int, saving: bool, improved: bool) -> None:
         if self.evaluation_due(iteration):
             self.write_class_tables(self._folder)
-        if not (saving or improved):
-            return
-        content = self.checkpoint(iteration)
-        sweep(self._folder)
-        if saving:
-            name = FINAL if iteration + 1 == self.max_iter else f"model_{iteration:07d}.pth"
-            write_checkpoint(self._folder / name, content, iteration=iteration, newest=True)
-            prune(self._folder, self.cfg.SOLVER.CHECKPOINT_KEEP)
-            logger.info("saved %s", self._folder / name)
-        if improved:
-            write_checkpoint(self._folder / BEST, content, iteration=iteration)
+        if saving or improved:
+            last = iteration + 1 == self.max_iter
+            self._saving.save(self.checkpoint(iteration), saving=saving, last=last, best=improved)
 
     def _metrics_at(self, iteration: int) -> dict[str, float]:
         """The figures of exactly these weights; nothing when they were not evaluated."""
@@ -344,11 +258,6 @@ class Run:
             "seed": self.cfg.SEED,
             "classes": list(self.data.classes),
             "contract": self.model.contract.to_dict(),
-            "architecture": _architecture(self.model.backbone),
+            "architecture": starting.architecture_of(self.model.backbone),
             "imgcls_version": imgcls.__version__,
         }
-
-
-def _architecture(backbone: nn.Module) -> dict[str, str]:
-    # A backbone that somebody else registered trains as well as ours; only handing it over needs to know its row.
-    return backbone.architecture.to_dict() if isinstance(backbone, Trunk) else {}

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class TrainStep:
     accumulate: micro-batches that a batch is cut into; their gradients add up to those of the mean loss.
     ema: takes the weights in after each update; None: there is none.
     most_skipped: steps to leave out for a loss or gradient that is not finite; one more is a ``ValueError``.
+
+    Whether all numbers are finite is decided on the device, for all ranks. On a GPU, with an optimizer that can be told
+    there to change nothing, the host reads it one step later (:meth:`settle`) and so never waits for the device.
+
+    signal: what this rank asks of all ranks with its next step, a number; agreed_signal: the largest that was asked.
     """
 
     def __init__(
@@ -70,6 +76,10 @@ class TrainStep:
         self.last_lr = 0.0  # of the first parameter group, in the step that was taken last
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
+        self.signal = self.agreed_signal = 0
+        # The scaler reads its own verdict at once in any case.
+        self.late = self.device.type == "cuda" and can_be_masked(optimizer) and not self.scaler.is_enabled()
+        self._unsettled: _Unsettled | None = None
         # Running statistics, which a forward pass changes before anybody can know that its loss is not finite.
         self._buffers = list(model.buffers())
         self._held = [buffer.clone() for buffer in self._buffers]
@@ -95,22 +105,43 @@ class TrainStep:
     def __call__(self, batch: Samples, iteration: int) -> dict[str, Tensor]:
         """Train on ``batch``; returns the losses, detached.
 
-        Where a loss or a gradient is not finite, on any rank, no rank changes anything: the step is left out, or is a
-        ``ValueError`` on all of them. Collective.
+        Where a loss or a gradient is not finite, on any rank, no rank changes anything: the step is left out, or is
+        :class:`NonFinite` on all of them, here or when the next one is asked for. Collective.
         """
         if not self.model.training:
             raise RuntimeError("the model is in eval mode; call model.train() before training it")
+        self.settle()
         torch._foreach_copy_(self._held, self._buffers)
         losses = self.gradients(batch, iteration)
-        if all_finite(losses, [] if self.scaler.is_enabled() else self._gradients()):
-            self._update()
+        found = verdict(losses, [] if self.scaler.is_enabled() else self._gradients(), self.signal)
+        self._unsettled = _Unsettled(iteration, losses, sample_ids(batch), _on_its_way(found), masked=self.late)
+        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+        if self.late:
+            self._update(found[0])
         else:
+            self.settle()
+        return losses
+
+    def settle(self) -> None:
+        """Read the verdict on the latest step and draw the consequences; whoever saves or evaluates asks for it.
+
+        Raises :class:`NonFinite`. Collective where a number was not finite.
+        """
+        step, self._unsettled = self._unsettled, None
+        if step is None:
+            return
+        bad, signal = step.verdict()
+        self.agreed_signal = int(signal)
+        if bad:
             torch._foreach_copy_(self._buffers, self._held)
             self.optimizer.zero_grad(set_to_none=True)
-            self._leave_out(losses, batch, iteration)
-        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+            self._leave_out(step)
+        else:
+            if not step.masked:
+                self._update()
+            if self.ema is not None:
+                self.ema.update(unwrapped(self.model))
         self._advance_schedule()
-        return losses
 
     def gradients(self, batch: Samples, iteration: int) -> dict[str, Tensor]:
         """Forward and backward: the losses of ``batch``, detached, and the gradients of their sum, unscaled."""
@@ -134,13 +165,17 @@ class TrainStep:
             self.scaler.unscale_(self.optimizer)
         return sums
 
-    def _update(self) -> None:
+    def _update(self, bad: Tensor | None = None) -> None:
+        """Take the step. bad: a number on the device; where it is not 0 the optimizer changes nothing."""
         if self.clip is not None:
             self.clip(self.parameters)
+        if bad is not None:
+            # torch's fused optimizers know it from GradScaler.
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.ema is not None:
-            self.ema.update(unwrapped(self.model))
+        if bad is not None:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -150,22 +185,21 @@ class TrainStep:
 
     def _advance_schedule(self) -> None:
         with warnings.catch_warnings():
-            # The scaler's first steps may be skipped while it finds its scale; torch then thinks the order is wrong.
-            if self.scaler.is_enabled():
-                warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+            # The first steps may be left out, by the scaler or by us; torch then thinks that the order is wrong.
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
             self.schedule.step()
 
     def _losses(self, batch: Samples) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.model(batch)
 
-    def _leave_out(self, losses: dict[str, Tensor], batch: Samples, iteration: int) -> None:
+    def _leave_out(self, step: _Unsettled) -> None:
         self.skipped += 1
-        values = ", ".join(f"{name} {loss.item():g}" for name, loss in losses.items())
-        ids = comm.all_gather(sample_ids(batch))
+        values = ", ".join(f"{name} {loss.item():g}" for name, loss in step.losses.items())
+        ids = comm.all_gather(step.ids)
         what = (
-            f"a loss or gradient is not finite at iteration {iteration} ({values} on rank {comm.get_rank()}; learning "
-            f"rate {self.optimizer.param_groups[0]['lr']:g}; samples {_few([i for rank in ids for i in rank])})"
+            f"a loss or gradient is not finite at iteration {step.iteration} ({values} on rank {comm.get_rank()}; "
+            f"learning rate {self.last_lr:g}; samples {_few([i for rank in ids for i in rank])})"
         )
         if self.skipped <= self.most_skipped:
             logger.warning("%s; the step is left out, %d of at most %d", what, self.skipped, self.most_skipped)
@@ -173,7 +207,7 @@ class TrainStep:
         raise NonFinite(
             f"{what}. No weight was changed by it. Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_EPOCHS or set "
             "SOLVER.CLIP_GRADIENTS.ENABLED True; --resume goes on from the last checkpoint",
-            iteration,
+            step.iteration,
             ids,
         )
 
@@ -204,16 +238,53 @@ class NonFinite(ValueError):
         self.iteration, self.ids = iteration, ids
 
 
-def all_finite(losses: dict[str, Tensor], gradients: Sequence[Tensor]) -> bool:
-    """Whether every loss and gradient is finite on every rank. Collective."""
+@dataclass(frozen=True)
+class _Unsettled:
+    """A step whose verdict the host has not read. masked: the optimizer obeys it already."""
+
+    iteration: int
+    losses: dict[str, Tensor]
+    ids: list[int]
+    found: tuple[Tensor, torch.cuda.Event | None]
+    masked: bool
+
+    def verdict(self) -> list[float]:
+        """:func:`verdict`'s numbers; waits for the device if it has not come that far."""
+        numbers, arrived = self.found
+        if arrived is not None:
+            arrived.synchronize()
+        return numbers.tolist()
+
+
+def verdict(losses: dict[str, Tensor], gradients: Sequence[Tensor], signal: int = 0) -> Tensor:
+    """(2,) float32 on the device: 1 where a loss or gradient of any rank is not finite; the largest signal. Collective.
+
+    signal: this rank's.
+    """
     values = list(losses.values())
     if gradients:
         # The largest magnitude of all: a sum of squares could overflow where every gradient is finite.
         values.append(nn.utils.get_total_norm(gradients, float("inf")))
     bad = (~torch.stack([value.float() for value in values]).isfinite()).any().float()
+    found = torch.stack([bad, bad.new_full((), signal)])
     if comm.get_world_size() > 1:
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-    return not bool(bad)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
+
+
+def _on_its_way(found: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """``found`` on the host, once the event has come; nobody waits for it here."""
+    if found.device.type != "cuda":
+        return found, None
+    numbers = torch.empty(found.shape, pin_memory=True).copy_(found, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return numbers, arrived
+
+
+def can_be_masked(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a number on the device can keep ``optimizer`` from its step: torch's fused ones, as GradScaler has it."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -99,6 +99,7 @@ class _RunCheckpointer(SafeCheckpointer):
         self._run = run
 
     def save(self, name: str, **kwargs: Any) -> None:
+        self._run.step.settle()
         if self.save_to_disk:
             iteration = int(kwargs.pop("iteration", get_event_storage().iter))
             content = {**kwargs, **self._run.checkpoint(iteration)}

@@ -46,7 +46,7 @@ def scale_learning_rate(cfg: CfgNode) -> None:
 
 
 def _of_torch(name: str, *keys: str) -> Callable[[CfgNode, Groups], torch.optim.Optimizer]:
-    return lambda node, groups: getattr(torch.optim, name)(groups, **_arguments(node, keys))
+    return lambda node, groups: getattr(torch.optim, name)(groups, **_arguments(node, keys), **_fused(name, groups))
 
 
 def _of_timm(name: str, *keys: str) -> Callable[[CfgNode, Groups], torch.optim.Optimizer]:
@@ -74,11 +74,28 @@ def _arguments(node: CfgNode, keys: Iterable[str]) -> dict[str, Any]:
     return {"lr": node.BASE_LR, "weight_decay": node.WEIGHT_DECAY, **{key: every[key] for key in keys}, **own}
 
 
+def _fused(name: str, groups: Groups) -> dict[str, bool]:
+    """On GPUs one kernel for all parameters, which can be told on the device to change nothing (engine/step.py)."""
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return {"fused": True} if on_gpu and name in ("SGD", "Adam", "AdamW") else {}
+
+
+def _sgd(node: CfgNode, groups: Groups) -> torch.optim.Optimizer:
+    fused = _fused("SGD", groups)
+    optimizer = torch.optim.SGD(
+        groups, lr=node.BASE_LR, momentum=node.MOMENTUM, weight_decay=node.WEIGHT_DECAY, nesterov=node.NESTEROV, **fused
+    )
+    if fused and node.MOMENTUM:
+        # torch would begin the buffers with the first gradient, whether or not that step is left out.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 # name -> function(cfg.SOLVER, groups): torch's, and timm's (an extra) where torch has none for networks like these.
 OPTIMIZERS: dict[str, Callable[[CfgNode, Groups], torch.optim.Optimizer]] = {
-    "SGD": lambda node, groups: torch.optim.SGD(
-        groups, lr=node.BASE_LR, momentum=node.MOMENTUM, weight_decay=node.WEIGHT_DECAY, nesterov=node.NESTEROV
-    ),
+    "SGD": _sgd,
     "AdamW": _of_torch("AdamW", "betas"),
     "Adam": _of_torch("Adam", "betas"),
     "NAdam": _of_torch("NAdam", "betas"),

@@ -1,0 +1,57 @@
+"""``DATALOADER.TRACE``: which samples each iteration was trained on, for people who want to see the order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from detectron2.utils import comm
+
+from imgcls.engine.distributed import first_rank_does
+from imgcls.engine.output_dir import mend_lines
+from imgcls.engine.step import sample_ids
+
+_BEGINS = '{"iteration": '
+
+
+class Trace:
+    """A file with one JSON line an iteration: ``{"iteration": 7, "ids": [[3, 1], [0, 8]]}``, a list for each rank.
+
+    The ids are the samples' indices in their data set, as they were trained on: with DATALOADER.ON_ERROR skip those
+    that took the place of files that could not be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, iteration: int, batch: Any) -> None:
+        """Add the line of ``iteration``; the file is whole after each. Collective."""
+        ids = comm.gather(sample_ids(batch))
+        if comm.is_main_process():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": iteration, "ids": ids}) + "\n")
+
+
+def open_trace(path: str, start: int) -> Trace | None:
+    """The trace that goes on at iteration ``start``, its later lines dropped; None for an empty ``path``. Collective.
+
+    Raises ``ValueError`` for a file that is no trace.
+    """
+    if not path:
+        return None
+    first_rank_does(lambda: _make_ready(Path(path), start))
+    return Trace(Path(path))
+
+
+def _make_ready(path: Path, start: int) -> None:
+    if path.exists() and path.stat().st_size and not _is_trace(path):
+        raise ValueError(f"{path} is no trace of samples; name another file with DATALOADER.TRACE")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mend_lines(path, start)
+
+
+def _is_trace(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        # Also one that a kill cut off within its first line.
+        return _BEGINS.startswith(file.read(len(_BEGINS)))
