@@ -38,6 +38,7 @@ from imgcls.modeling.build import OPTIONS
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "docs/data/demo.json"
 PARITY = ROOT / "docs/data/parity.json"
+FAULTS = ROOT / "docs/data/faults.json"
 # What decides the demo's figures: the recorded ones count for these files only.
 RECIPE = (
     "scripts/demo.py",
@@ -300,6 +301,37 @@ def demo_table() -> str:
     return f"{table(header, rows)}\n\n`{content['command']}`, {content['machine']}, {versions}, {content['date']}."
 
 
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def faults_table() -> str:
+    """The sums of the recorded campaign, a line a kind."""
+    if not FAULTS.is_file():
+        return NOT_RECORDED
+    content = json.loads(FAULTS.read_text(encoding="utf-8"))
+    names = list(next(iter(content["sums"].values())))
+    rows = [(kind, *(f"{figures[name]:g}" for name in names)) for kind, figures in content["sums"].items()]
+    found = {name: version for name, version in content["versions"].items() if version != "absent"}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    lasted = f"{content['seconds'] / 60:.0f} minutes"
+    where = f"`{content['command']}`, {content['machine']}, {versions}, {content['date']}, {lasted}."
+    return f"{table(('kind', *names), rows)}\n\n{where}"
+
+
+def fault_stages_table() -> str:
+    """How many of the recorded kills inside a save came at which operation on which file."""
+    if not FAULTS.is_file():
+        return NOT_RECORDED
+    parts = json.loads(FAULTS.read_text(encoding="utf-8"))["parts"]
+    stages = [case["stage"].split(", ") for cases in parts.values() for case in cases if "stage" in case]
+    operations = list(dict.fromkeys(sorted(operation for operation, _ in stages)))
+    rows = [
+        (file, *(str(stages.count([operation, file]) or "") for operation in operations))
+        for file in sorted({file for _, file in stages})
+    ]
+    return table(("file", *operations), rows)
+
+
 # -- rendering -------------------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -311,6 +343,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sets": sets_table,
     "recipes": recipes_table,
     "demo": demo_table,
+    "faults": faults_table,
+    "fault_stages": fault_stages_table,
 }
 PLACE = re.compile(r"(<!-- rendered: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -128,7 +128,7 @@ def test_evaluation_passes_again_and_again(cfg: CfgNode, monkeypatch: pytest.Mon
 def test_no_more_than_half_of_the_shared_memory(
     free: int, count: int, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "_free_shared_memory", lambda: float(free))
+    monkeypatch.setattr(loaders, "free_shared_memory", lambda: float(free))
     cfg.DATALOADER.NUM_WORKERS = 2
     sampler = build_train_loader(cfg, open_source(cfg.DATASETS.TRAIN[0])).loader.batch_sampler
     assert (sampler._count if isinstance(sampler, WithBuffers) else 0) == count

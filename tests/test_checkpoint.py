@@ -495,7 +495,8 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
 
 
 def test_sweep_takes_what_a_killed_writer_leaves_and_nothing_else(folder: Path) -> None:
-    for name in (f".{NAME}.123.tmp", f".{NAME}.json.7.tmp", ".last_checkpoint.123.tmp", ".mine.tmp", "notes.tmp"):
+    left = (f".{NAME}.123.tmp", f".{NAME}.json.7.tmp", ".last_checkpoint.123.tmp", ".per_class.csv.8.tmp")
+    for name in (*left, ".mine.tmp", "notes.tmp"):
         (folder / name).write_text("left")
     sweep(folder)
     assert names_in(folder) == sorted([*WHOLE, ".mine.tmp", "notes.tmp"])

@@ -21,9 +21,10 @@ from imgcls.commands.arguments import one_line_errors, parse, training_parser
 from imgcls.commands.recipe import training_config
 
 TRAINING = ["--config-file", "--resume", "--eval-only", "--num-gpus", "--num-machines", "--machine-rank", "--dist-url"]
+TRAINING += ["--dist-timeout"]
 OPTIONS = {
-    "train_net": [*TRAINING, "--data", "--variant", "--output", "--replay"],
-    "train_net_builtin": [*TRAINING, "--data", "--variant", "--output", "--replay"],
+    "train_net": [*TRAINING, "--data", "--variant", "--output", "--replay", "--tune", "--find-batch-size"],
+    "train_net_builtin": [*TRAINING, "--data", "--variant", "--output", "--replay", "--tune", "--find-batch-size"],
     "train_detector": TRAINING,
     "convert_to_detection": ["--weights", "--output", "--fold-normalization", "--overwrite"],
     "verify_transfer": ["--weights", "--config-file", "--classifier"],
@@ -33,10 +34,12 @@ OPTIONS = {
     "analyze_model": ["--variant", "--size", "--classes"],
     "pack_dataset": ["--data", "--output", "--short-side", "--quality", "--shard-size", "--workers", "--check"],
     "benchmark_data": ["--data", "--with", "--shards", "--repeats", "--images", "--workers", "--dali-python", "--json"],
+    "benchmark_train": ["--variant", "--size", "--batch", "--steps", "--pairs", "--threads", "--part", "--out"],
     "doctor": ["--config-file", "--data", "--train", "--val", "--sample", "--workers", "--no-speed", "--json"],
     "plot_run": ["--output", "--metrics", "--x"],
     "sweep": ["--space", "--config-file", "--output", "--trials", "--jobs", "--pruner", "--seed", "--keep-weights"],
     "plot_schedule": ["--config-file", "--schedules", "--images", "--output"],
+    "average_checkpoints": ["--output", "--shares", "--recompute-statistics", "--config-file", "--overwrite"],
     "tune_thresholds": ["--weights", "--output", "--config-file", "--overwrite"],
 }
 TAKING_KEYS = (
@@ -59,11 +62,13 @@ COMMANDS = {
     "make-detector-config": OPTIONS["make_detector_config"],
     "show-data": OPTIONS["show_data"],
     "benchmark-data": OPTIONS["benchmark_data"],
+    "benchmark-train": OPTIONS["benchmark_train"],
     "doctor": OPTIONS["doctor"],
     "analyze": OPTIONS["analyze_model"],
     "plot-schedule": OPTIONS["plot_schedule"],
     "plot-run": OPTIONS["plot_run"],
     "sweep": OPTIONS["sweep"],
+    "average-checkpoints": OPTIONS["average_checkpoints"],
     "tune-thresholds": OPTIONS["tune_thresholds"],
     "train-detector": TRAINING,
     "pack-dataset": OPTIONS["pack_dataset"],

@@ -33,7 +33,9 @@ from imgcls.__main__ import COMMANDS
 from imgcls.checkpoint import write_checkpoint
 from imgcls.commands import (
     analyze,
+    average_checkpoints,
     benchmark_data,
+    benchmark_train,
     doctor,
     make_detector_config,
     pack_dataset,
@@ -61,9 +63,10 @@ from imgcls.transfer import convert, detector_fragment, read_handover
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in (
-    "add-a-network", "augmentation", "bad-input", "configuration", "data-sets", "data-speed", "detection", "doctor",
-    "hand-over", "import-weights", "lists", "multi-label", "networks", "own-images", "recipes", "sampling", "sandbox",
-    "schedules", "seeing-runs", "shards", "sweep", "timm", "training",
+    "add-a-network", "augmentation", "averaging", "bad-input", "configuration", "data-sets", "data-speed", "detection",
+    "distillation", "doctor", "faults", "fine-tuning", "hand-over", "import-weights", "lists", "multi-label",
+    "networks", "own-images", "precision-and-sharding", "recipes", "resume", "sampling", "sandbox", "schedules",
+    "seeing-runs", "shards", "stopping", "sweep", "timm", "training", "training-speed",
 )))  # fmt: skip
 # YAMLs of the reader's own, which no checkout has.
 READERS_OWN = {
@@ -179,7 +182,9 @@ PARSE: dict[str, Callable[[], Parse]] = {
     "tools/plot_schedule.py": lambda: overriding(plot_schedule.parser()),
     "tools/plot_run.py": lambda: plot_run.parser().parse_args,
     "tools/sweep.py": lambda: overriding(sweep.parser()),
+    "tools/average_checkpoints.py": lambda: average_checkpoints.parser().parse_args,
     "tools/tune_thresholds.py": lambda: overriding(tune_command.parser()),
+    "tools/benchmark_train.py": lambda: benchmark_train.parser().parse_args,
     "tools/benchmark_data.py": lambda: benchmark_data.parser().parse_args,
     "tools/doctor.py": lambda: overriding(doctor.parser()),
     "tools/show_data.py": lambda: overriding(show_data.parser()),
@@ -190,8 +195,12 @@ PARSE: dict[str, Callable[[], Parse]] = {
     "scripts/prepare_voc.py": lambda: only_parsing(prepare_voc.main),
     "scripts/prepare_digit_detection.py": lambda: only_parsing(prepare_digits.main),
     "scripts/demo.py": lambda: only_parsing(load_script("scripts/demo.py").main),
+    "scripts/cpu_settings_accuracy.py": lambda: only_parsing_no_words(
+        load_script("scripts/cpu_settings_accuracy.py").main
+    ),
     "scripts/loader_memory.py": lambda: only_parsing_no_words(load_script("scripts/loader_memory.py").main),
     "scripts/parity_campaign.py": lambda: only_parsing_no_words(load_script("scripts/parity_campaign.py").main),
+    "scripts/fault_campaign.py": lambda: only_parsing_no_words(load_script("scripts/fault_campaign.py").main),
     "scripts/timm_campaign.py": lambda: only_parsing_no_words(load_script("scripts/timm_campaign.py").main),
     "docs/render_tables.py": lambda: only_parsing(load_script("docs/render_tables.py").main),
 }
@@ -205,11 +214,13 @@ PACKAGED = {
     "make-detector-config": "tools/make_detector_config.py",
     "show-data": "tools/show_data.py",
     "benchmark-data": "tools/benchmark_data.py",
+    "benchmark-train": "tools/benchmark_train.py",
     "doctor": "tools/doctor.py",
     "analyze": "tools/analyze_model.py",
     "plot-schedule": "tools/plot_schedule.py",
     "plot-run": "tools/plot_run.py",
     "sweep": "tools/sweep.py",
+    "average-checkpoints": "tools/average_checkpoints.py",
     "tune-thresholds": "tools/tune_thresholds.py",
     "pack-dataset": "tools/pack_dataset.py",
     "prepare-data": "scripts/prepare_data.py",
@@ -394,11 +405,8 @@ def test_rendered_tables_are_current(page: str, tables: ModuleType) -> None:
 
 def test_every_table_has_its_place(tables: ModuleType) -> None:
     places = re.findall(r"<!-- rendered: (\w+) -->", "".join(map(text_of, PAGES)))
-    assert (
-        sorted(places)
-        == sorted(tables.TABLES)
-        == sorted(["demo", "families", "keys", "networks", "policies", "recipes", "sets", "transforms"])
-    )
+    known = ["demo", "families", "fault_stages", "faults", "keys", "networks", "policies", "recipes", "sets"]
+    assert sorted(places) == sorted(tables.TABLES) == sorted([*known, "transforms"])
 
 
 def flat(node: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from imgcls.checkpoint import read_checkpoint
 from imgcls.engine import Run, finalize
-from imgcls.solver.ema import Ema
+from imgcls.solver import Ema
 
 ON = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.9, "DATALOADER.NUM_WORKERS", 0, "SOLVER.MAX_ITER", 4)
 
@@ -25,7 +25,7 @@ def test_the_average_is_that_of_the_formula(warmup):
             for value in [*net.parameters(), net[1].running_mean, net[1].running_var]:
                 value.copy_(torch.randn_like(value))
             net[1].num_batches_tracked += 1
-        ema.update(net)
+        ema.update(net, update)
         now = {name: value.clone() for name, value in net.state_dict().items()}
         kept = min(0.4, (1 + update) / (10 + update)) if warmup else 0.4
         slow = now if slow is None else {n: kept * slow[n] + (1 - kept) * value for n, value in now.items()}
@@ -45,9 +45,9 @@ def test_the_average_goes_on_where_it_was():
     weights = [torch.randn(2, 3) for _ in range(6)]
 
     def take(ema, values):
-        for value in values:
+        for iteration, value in enumerate(values):
             net.weight.data.copy_(value)
-            ema.update(net)
+            ema.update(net, iteration)
 
     take(whole, weights)
     take(first, weights[:3])
@@ -74,7 +74,7 @@ def test_the_checkpoint_holds_the_average_and_the_live_weights(trained):
     folder, run = trained
     content = read_checkpoint(folder / "on/model_final.pth")
     assert same(content["model"], run.network.state_dict()) and same(content["live"], run.model.state_dict())
-    assert not same(content["model"], content["live"]) and content["ema_updates"] == 4
+    assert not same(content["model"], content["live"]) and content["average_updates"] == 4
     off = read_checkpoint(folder / "off/model_final.pth")
     assert same(off["model"], content["live"]) and "live" not in off  # the average changes no training
 

@@ -85,13 +85,15 @@ def test_no_file_has_a_name_that_says_nothing():
 
 
 def test_backward_and_optimizer_steps_are_in_one_file():
-    """Exactly one training step exists."""
+    """Exactly one training step exists; what the benchmark compares it with is used by the benchmark alone."""
     calls = {}
     for path in (ROOT / "imgcls").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr == "backward":
                 calls.setdefault(path.name, []).append(node.lineno)
-    assert list(calls) == ["step.py"]
+    assert sorted(calls) == ["step.py", "training_loops.py"]
+    users = [p.name for p in (ROOT / "imgcls").rglob("*.py") if "training_loops" in p.read_text()]
+    assert users == ["benchmark_train.py"]
 
 
 def test_importing_adds_little_to_detectron2():

@@ -23,9 +23,9 @@ from detectron2.config import CfgNode
 import imgcls
 from imgcls.data import build_test_loader, build_train_loader
 from imgcls.data.datasets import ArraySource, FolderSource
-from imgcls.data.loaders import is_worker_end
 from imgcls.data.mapper import ClsMapper
 from imgcls.data.watch import Watch
+from imgcls.data.workers import is_worker_end
 from imgcls.engine.step import TrainStep
 
 TIMEOUT = 2  # seconds that a batch may take; the default is 50

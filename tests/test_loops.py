@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ SMALL = (
     *("INPUT.TRAIN_SIZE", 32, "INPUT.TEST_SIZE", 32, "SOLVER.IMS_PER_BATCH", 8, "SOLVER.LOG_PERIOD", 1),
     *("SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.CHECKPOINT_KEEP", 9, "TEST.EVAL_PERIOD", 4, "MODEL.HEAD.DROPOUT", 0.2),
     *("SOLVER.WARMUP_ITERS", 2, "TEST.IMS_PER_BATCH", 500),
+    *("SOLVER.EMA.ENABLED", True, "SOLVER.ACCUMULATE", 2, "INPUT.MIXUP_ALPHA", 0.2),
 )
 
 
@@ -39,7 +41,21 @@ def losses(folder):
 
 
 def weights(folder, name="model_final.pth"):
-    return torch.load(folder / name, weights_only=True)["model"]
+    """The weights, and where an average is kept both it and what training goes on with."""
+    content = torch.load(folder / name, weights_only=True)
+    return content["model"] | {f"live.{key}": value for key, value in content.get("live", {}).items()}
+
+
+def in_all(ids):
+    """The samples of all ranks together."""
+    return sorted(i for rank in ids for i in rank)
+
+
+def trace(folder):
+    """The samples of each iteration: a list for each rank."""
+    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(len(lines)))
+    return [line["ids"] for line in lines]
 
 
 def same(ours, theirs):
@@ -59,7 +75,9 @@ def runs(tmp_path_factory):
     for ranks in (1, 2):
         for loop, tool in LOOPS.items():
             words = [tool, "--config-file", "configs/quick/digits_mobilenet_v1.yaml", "--num-gpus", ranks]
-            words += ["--output", out / f"{loop}{ranks}", *SMALL, "SOLVER.MAX_ITER", 8, "MODEL.DEVICE", "cpu"]
+            folder = out / f"{loop}{ranks}"
+            words += ["--output", folder, *SMALL, "SOLVER.MAX_ITER", 8, "MODEL.DEVICE", "cpu"]
+            words += ["DATALOADER.TRACE", folder / "trace.jsonl"]
             done = subprocess.run(
                 [sys.executable, *map(str, words)], cwd=root, env=environment, capture_output=True, text=True
             )
@@ -79,6 +97,24 @@ def test_both_loops_give_identical_losses_and_weights(runs, ranks):
     assert all(
         torch.equal(optimizers[0][i]["momentum_buffer"], optimizers[1][i]["momentum_buffer"]) for i in optimizers[0]
     )
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_one_rank_goes_on_with_the_samples_of_two(runs, loop, tmp_path, classifier_cfg):
+    """And with all of their state: each iteration has the same set of samples as without the change."""
+    two = trace(runs / f"{loop}2")
+    assert [in_all(ids) for ids in two] == [in_all(ids) for ids in trace(runs / f"{loop}1")]
+    assert all(len(ids) == 2 and len(ids[0]) == len(ids[1]) == 4 for ids in two) and len(two) == 8
+    folder = tmp_path / "resumed"
+    shutil.copytree(runs / f"{loop}2", folder)
+    for gone in folder.glob("model_[!0]*"):
+        gone.unlink()
+    overrides = ("SOLVER.MAX_ITER", 8, "OUTPUT_DIR", str(folder), "DATALOADER.TRACE", str(folder / "trace.jsonl"))
+    run, _ = run_in_process(loop, classifier_cfg("mobilenet_v1_0.25", *SMALL, *overrides), resume=True)
+    assert run.start_iter == 6 and run.checkpoint(7)["average_updates"] == 8
+    resumed = trace(folder)
+    assert resumed[:6] == two[:6] and [len(ids) for ids in resumed[6:]] == [1, 1]
+    assert [in_all(ids) for ids in resumed] == [in_all(ids) for ids in two]
 
 
 def test_the_comparison_would_see_a_difference(runs):
@@ -104,8 +140,6 @@ def test_the_reported_figures_are_those_of_the_saved_file(runs, ranks, classifie
 @pytest.mark.parametrize(("first", "second"), [("plain", "builtin"), ("builtin", "plain"), ("plain", "plain")])
 def test_each_loop_resumes_the_others_checkpoint_exactly(runs, tmp_path, classifier_cfg, first, second):
     """From iteration 3 of one loop's run to the end with the other: as if nothing had happened."""
-    import shutil
-
     folder = tmp_path / "resumed"
     shutil.copytree(runs / f"{first}1", folder)
     for gone in folder.glob("model_*"):
@@ -162,7 +196,7 @@ def test_weights_are_not_used_with_another_input_or_stem(classifier_cfg, key, va
     cfg = classifier_cfg()
     run, _ = run_in_process("plain", cfg)
     other = classifier_cfg("mobilenet_v1_0.25", key, value)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"cannot go on with another {key}: .* -> "):
         run_in_process("plain", other, resume=True)
     with pytest.raises(ValueError, match=message):
         Run(*finalize(other)).load_initial(str(run._folder / "model_final.pth"))

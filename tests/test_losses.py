@@ -172,6 +172,23 @@ def test_mixed_targets_are_the_mix_of_the_losses():
         assert value_of(loss, logits, 0.3 * a + 0.7 * b).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_both_classes_of_a_mixed_picture_are_there_for_a_threshold():
+    """The rows of a CutMix whose boxes cover 0, 0.1, 0.2, 0.5, 0.7 and 0.9: below the threshold nobody is."""
+    logits, _ = examples("bce")
+    a, b = (F.one_hot(torch.arange(N).roll(shift) % K, K).double() for shift in (0, 1))
+    share = torch.tensor([0.0, 0.1, 0.2, 0.5, 0.7, 0.9], dtype=torch.float64)[:, None]
+    mixed, there = (1 - share) * a + share * b, a.clone()
+    there[3:5] = a[3:5] + b[3:5]
+    there[5] = b[5]
+    expected = slow_bce(logits.tolist(), there.tolist(), 0.1)
+    assert value_of(BCE(0.1, (), 0.2), logits, mixed).item() == pytest.approx(expected, rel=1e-9)
+    assert value_of(BCE(0.1), logits, mixed).item() != pytest.approx(expected, rel=1e-3)
+    timms = pytest.importorskip("timm.loss").BinaryCrossEntropy(target_threshold=0.2)(logits, mixed)
+    assert value_of(BCE(0.0, (), 0.2), logits, mixed).item() == pytest.approx(timms.item(), rel=1e-9)
+    labels = torch.arange(N) % K  # no picture is mixed: nothing to decide
+    assert torch.equal(value_of(BCE(0.0, (), 0.2), logits, labels), value_of(BCE(), logits, labels))
+
+
 def test_torch_and_torchvision_agree():
     logits, targets = examples("bce")
     labels, weights = torch.arange(N) % K, torch.tensor(WEIGHTS, dtype=torch.float64)
@@ -230,8 +247,10 @@ def test_each_loss_takes_the_keys_that_it_names():
     assert (type(loss), loss.gamma, loss.alpha) == (SigmoidFocal, 1.5, -1.0)
     loss = build_loss(config(NAME="SoftmaxFocal", GAMMA=1.5, CLASS_WEIGHTS=WEIGHTS).MODEL.LOSS)
     assert (type(loss), loss.gamma, loss.class_weights.tolist()) == (SoftmaxFocal, 1.5, pytest.approx(WEIGHTS))
-    loss = build_loss(config(NAME="BCE", LABEL_SMOOTHING=0.1, POS_WEIGHTS=WEIGHTS).MODEL.LOSS)
+    node = config(NAME="BCE", LABEL_SMOOTHING=0.1, POS_WEIGHTS=WEIGHTS, TARGET_THRESHOLD=0.2).MODEL.LOSS
+    loss = build_loss(node)
     assert (type(loss), loss.label_smoothing, loss.pos_weights.tolist()) == (BCE, 0.1, pytest.approx(WEIGHTS))
+    assert loss.target_threshold == 0.2
     loss = build_loss(config().MODEL.LOSS)
     assert (type(loss), loss.label_smoothing, loss.class_weights) == (CrossEntropy, 0.0, None)
 

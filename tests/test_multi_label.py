@@ -19,6 +19,7 @@ from imgcls.data import open_source
 from imgcls.data.datasets import ArraySource
 from imgcls.data.digit_sets import SIZES, TAIL, DigitSets
 from imgcls.engine import Run, finalize, labels, train
+from imgcls.engine.evaluating import is_better
 from imgcls.engine.output_dir import release
 from imgcls.engine.setup import setup
 from imgcls.modeling import build_loss
@@ -177,17 +178,18 @@ def test_a_metric_of_the_other_kind_is_refused(classifier_cfg):
         finalize(classifier_cfg("mobilenet_v1_0.25", *DIGITS, "TEST.METRIC", "top1"))
 
 
-def test_the_best_is_by_the_metric_and_never_what_is_no_number(classifier_cfg):
+def test_the_best_is_by_the_metric_and_never_what_is_no_number():
     def best_of(metric, values):
-        run = Run(*finalize(classifier_cfg("mobilenet_v1_0.25", "TEST.METRIC", metric)))
+        best = {}
         for iteration, value in enumerate(values):
-            if run._improved(metric, value):
-                run.best = {"metric": metric, "value": value, "iteration": iteration}
-        return run.best.get("iteration")
+            if is_better(metric, value, best):
+                best = {"metric": metric, "value": value, "iteration": iteration}
+        return best.get("iteration")
 
     assert best_of("top1", [float("nan"), 50.0, 80.0, 70.0, float("nan")]) == 2
     assert best_of("loss", [float("nan"), 0.9, 0.4, 0.6]) == 2
     assert best_of("top1", [float("nan")]) is None
+    assert is_better("loss", 3.0, {"metric": "top1", "value": 90.0, "iteration": 4})  # another metric begins anew
 
 
 # ------------------------------------------------------------------------------------------------- one small run

@@ -181,7 +181,7 @@ def test_read_one_step_later_the_verdict_changes_nothing_else(kind, poison, clas
     for part in ("model", "live"):
         assert same(ours[part], theirs[part])
     assert _plain(ours["optimizer"]) == _plain(theirs["optimizer"]) and ours["scheduler"] == theirs["scheduler"]
-    assert ours["ema_updates"] == theirs["ema_updates"] == 4
+    assert ours["average_updates"] == theirs["average_updates"] == 4
 
 
 def _plain(state):

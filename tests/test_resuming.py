@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from imgcls.checkpoint import checkpoint_to_resume, is_whole, newest_whole, read_checkpoint, write_checkpoint
+from imgcls.engine.saving import Saving
 from imgcls.engine.setup import decide_device
 from imgcls.transfer import convert
 
@@ -162,3 +163,32 @@ def test_a_device_that_is_not_here(
         decide_device(cfg)
     assert got == cfg.MODEL.DEVICE
     assert (f"MODEL.DEVICE {asked} becomes cpu" in caplog.text) == (got != asked)
+
+
+@pytest.mark.parametrize("later", ["none", "damaged"])
+def test_a_resume_finishes_what_the_kill_of_a_save_left(later: str, finished: Path, tmp_path: Path) -> None:
+    """And deletes no good checkpoint while those that would be kept in its place are damaged."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for iteration in (1, 3, 5):
+        content = read_checkpoint(finished / "model_final.pth")
+        write_checkpoint(
+            folder / f"model_{iteration:07d}.pth", {**content, "iteration": iteration}, iteration=iteration
+        )
+    newest = folder / "model_0000005.pth"
+    if later == "damaged":
+        newest = folder / "model_0000003.pth"
+        (folder / "model_0000005.pth").write_bytes(b"torn")
+    (folder / "last_checkpoint").write_text("model_0000000.pth")
+    for name in (".model_final.pth.json.7.tmp", ".per_class.csv.7.tmp", "mine.tmp"):
+        (folder / name).write_text("left")
+    assert newest_whole(folder) == newest
+    Saving(folder, keep=1).tidy(newest)
+    kept = ["model_0000005.pth"] if later == "none" else ["model_0000001.pth", "model_0000003.pth", "model_0000005.pth"]
+    assert names(folder) == kept and newest_whole(folder) == newest
+    assert (folder / "last_checkpoint").read_text() == newest.name
+    assert [path.name for path in folder.glob("*.tmp")] == ["mine.tmp"]
+    # A checkpoint of another folder is no reason to delete or point at anything.
+    elsewhere = finished / "model_0000003.pth"
+    Saving(folder, keep=0).tidy(elsewhere)
+    assert names(folder) == kept and (folder / "last_checkpoint").read_text() == newest.name

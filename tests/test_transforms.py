@@ -23,6 +23,7 @@ from imgcls.data import ClsMapper, build_train_loader
 from imgcls.data.augmentations import TRANSFORMS
 from imgcls.data.datasets import ArraySource
 from imgcls.data.policies import POLICIES
+from imgcls.data.random_stream import seed_cpu
 from imgcls.data.samplers import Draw
 from imgcls.data.transforms import test_transform as evaluation_transform  # pytest would take the name for a test
 from imgcls.data.transforms import train_transform
@@ -39,7 +40,7 @@ def picture(width: int = SIDE, height: int = SIDE) -> Image.Image:
 
 
 def seeded(transform: Callable[[Image.Image], Any], seed: int, image: Image.Image) -> torch.Tensor:
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return transform(image)
 
 
@@ -47,7 +48,14 @@ def ours(row: list[Any], side: int = SIDE) -> v2.Compose:
     return train_transform([row], side, "bilinear")
 
 
-# Row -> what torchvision's own transform must give with the same seed. None: compared in a test of its own.
+def timms_own() -> Any:
+    from timm.data.auto_augment import rand_augment_transform
+
+    options = {"translate_const": int(SIDE * 0.45), "img_mean": (124, 116, 104), "interpolation": Image.BILINEAR}
+    return rand_augment_transform("rand-m7-n3-mstd0.5-inc1", options)
+
+
+# Row -> what the library's own transform must give with the same seed. None: compared in a test of its own.
 DIRECT: dict[str, tuple[list[Any], Callable[[], Any] | None]] = {
     "resize": ([], lambda: v2.Resize((SIDE, SIDE), MODE)),
     "center_crop": ([20], lambda: v2.CenterCrop(20)),
@@ -67,6 +75,7 @@ DIRECT: dict[str, tuple[list[Any], Callable[[], Any] | None]] = {
     "blur": ([1.0, 0.5, 1.5], lambda: v2.GaussianBlur(3, (0.5, 1.5))),
     "auto_augment": (["cifar10"], lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, interpolation=MODE)),
     "rand_augment": ([3, 12], lambda: v2.RandAugment(3, 12, interpolation=MODE)),
+    "timm_rand_augment": (["rand-m7-n3-mstd0.5-inc1"], timms_own),
     "trivial_augment": ([], lambda: v2.TrivialAugmentWide(interpolation=MODE)),
     "augmix": ([5, 2, 2, 0.5], lambda: v2.AugMix(5, 2, 2, 0.5, interpolation=MODE)),
     "random_erasing": ([1.0, 0.1, 0.2], lambda: v2.RandomErasing(1.0, scale=(0.1, 0.2))),
@@ -92,6 +101,7 @@ IDENTITIES: dict[str, list[list[Any]]] = {
     "blur": [[0.0]],
     "auto_augment": [["imagenet", 0.0]],
     "rand_augment": [[2, 9, 0.0], [0, 9]],
+    "timm_rand_augment": [["rand-m9-p0.0-inc1"], ["rand-m9-n0"]],
     "trivial_augment": [[0.0]],
     "augmix": [[3, 3, -1, 1.0, 0.0]],
     "random_erasing": [[0.0]],
@@ -110,6 +120,7 @@ HALVES: dict[str, list[Any]] = {
     "blur": [0.5],
     "auto_augment": ["imagenet", 0.5],
     "rand_augment": [2, 9, 0.5],
+    "timm_rand_augment": ["rand-m9-n1-inc1"],
     "trivial_augment": [0.5],
     "augmix": [3, 3, -1, 1.0, 0.5],
     "random_erasing": [0.5],
@@ -121,6 +132,8 @@ ALL = {name: arguments for name, (arguments, _) in DIRECT.items()}
 def needs_extra(name: str) -> None:
     if name == "albumentations":
         pytest.importorskip("albumentations")
+    if name in ("timm_rand_augment", "a1", "a3", "deit"):
+        pytest.importorskip("timm")
 
 
 def test_the_transforms_are_these() -> None:
@@ -129,6 +142,7 @@ def test_the_transforms_are_these() -> None:
 
 @pytest.mark.parametrize("name", [name for name, (_, direct) in DIRECT.items() if direct])
 def test_it_is_the_librarys_with_the_same_seed(name: str) -> None:
+    needs_extra(name)
     arguments, direct = DIRECT[name]
     assert direct is not None
     image, mine, theirs = picture(40, 30), ours([name, *arguments]), direct()
@@ -275,6 +289,12 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         ours(["albumentations", [["HorizontalFlip", {"p": 0.123}]]])
 
 
+def test_without_timm_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.data.auto_augment", None)
+    with pytest.raises(ValueError, match=r"timm is not installed: pip install 'imgcls\[timm\]'.*change " + KEY):
+        ours(["timm_rand_augment", "rand-m4"])
+
+
 def test_a_pipeline_survives_the_written_config(tmp_path: Path) -> None:
     needs_extra("albumentations")
     (tmp_path / "mine.yaml").write_text(
@@ -306,9 +326,12 @@ AT_224: dict[str, list[list[Any]]] = {
     "randaugment": [*CROP_AND_FLIP, ["rand_augment", 2, 9]],
     "trivialaugment": [*CROP_AND_FLIP, ["trivial_augment"]],
     "augmix": [*CROP_AND_FLIP, ["augmix", 1]],
-    "a1": [*CROP_AND_FLIP, ["rand_augment", 2, 3 * 7]],
-    "a3": [*CROP_AND_FLIP, ["rand_augment", 2, 3 * 6]],
-    "deit": [*CROP_AND_FLIP, ["rand_augment", 2, 3 * 9], ["random_erasing", 0.25, 0.02, 0.33, "noise"]],
+    "a1": [*CROP_AND_FLIP, ["timm_rand_augment", "rand-m7-mstd0.5-inc1"]],
+    "a3": [*CROP_AND_FLIP, ["timm_rand_augment", "rand-m6-mstd0.5-inc1"]],
+    "deit": [
+        *CROP_AND_FLIP,
+        *(["timm_rand_augment", "rand-m9-mstd0.5-inc1"], ["random_erasing", 0.25, 0.02, 0.33, "noise"]),
+    ],
     "simclr": [
         *(*CROP_AND_FLIP, ["color_jitter", 0.8, 0.8, 0.8, 0.2, 0.8]),
         *(["grayscale", 0.2], ["blur", 0.5, 0.1, 2.0]),
@@ -324,6 +347,7 @@ def test_the_policies_are_these() -> None:
 
 @pytest.mark.parametrize("name", AT_224)
 def test_a_policy_is_its_rows(name: str) -> None:
+    needs_extra(name)
     image = picture(40, 30)
     short, long = (
         train_transform([["policy", name]], SIDE, "bicubic"),
@@ -409,7 +433,7 @@ def test_it_survives_pickling_and_takes_grey_pictures(name: str) -> None:
 
 
 def test_a_transform_is_made_once_for_a_size() -> None:
-    rows = [["policy", "deit"]]
+    rows = [["policy", "torchvision_v2"]]
     assert train_transform(rows, 32, "bilinear") is train_transform([list(rows[0])], 32, "bilinear")
     assert train_transform(rows, 40, "bilinear")(picture(50, 50)).shape == (3, 40, 40)
 
@@ -439,6 +463,8 @@ WRONG_ROWS: dict[str, tuple[Any, str]] = {
     "a deviation below 0": (["pca_lighting", -0.1], "the standard deviation is at least 0"),
     "no such AutoAugment": (["auto_augment", "coco"], "the policies are imagenet, cifar10, svhn"),
     "a magnitude that shows when it draws": (["rand_augment", 2, 31], "the magnitude is a whole number, 0 to 30"),
+    "another policy of timm": (["timm_rand_augment", "original"], "the policy is one of timm's RandAugment"),
+    "a section that timm does not know": (["timm_rand_augment", "rand-z3"], "Unknown RandAugment config section"),
     "a part of an operation": (["rand_augment", 1.5], "the number of operations is a whole number"),
     "too severe": (["augmix", 11], r"severity must be between \[1, 10\]"),
     "no chains": (["augmix", 3, 0], "the width is a whole number of chains"),
@@ -464,6 +490,7 @@ WRONG_PIPELINES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("case", [*WRONG_ROWS, *WRONG_PIPELINES])
 def test_a_wrong_row_is_found_before_anything_is_built(case: str, cfg: CfgNode) -> None:
+    needs_extra("timm_rand_augment" if "timm" in case else "")
     if case in WRONG_PIPELINES:
         needs_extra("albumentations")
         row, message = ["albumentations", *WRONG_PIPELINES[case][0]], WRONG_PIPELINES[case][1]
@@ -480,14 +507,16 @@ def test_a_wrong_row_is_found_before_anything_is_built(case: str, cfg: CfgNode) 
 
 def test_right_rows_are_no_problem_and_draw_nothing(cfg: CfgNode) -> None:
     needs_extra("albumentations")
+    needs_extra("timm_rand_augment")
     cfg.INPUT.TRAIN_TRANSFORMS = [
         *([name, *arguments] for name, arguments in ALL.items()),
         *(["policy", name] for name in POLICIES),
     ]
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
+    seed_cpu(1)
+    expected = torch.rand(1).item(), np.random.rand(), random.random()
+    seed_cpu(1)
     assert KEY not in {problem.key for problem in all_problems(cfg)}
-    assert torch.equal(torch.get_rng_state(), before)
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
 
 
 def test_the_evaluation_transform_is_the_usual_one() -> None:

@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 
 from imgcls.engine import Run, finalize, trackers, train, writers
 from imgcls.engine.trackers import TRACKERS, MLflowTracker, Tracker, WandbTracker, stated
-from imgcls.engine.writers import ProgressLine, Tolerant, build_writers, peak_memory
+from imgcls.engine.writers import Metrics, ProgressLine, Tolerant, build_writers, peak_memory
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_an_interruption_is_no_failure() -> None:
 def test_metrics_are_whole_after_the_disk_was_full(tmp_path: Path, told: list[str]) -> None:
     """A limit on the size of files stands for the full disk: it cuts in the middle of a line in the same way."""
     file = tmp_path / "metrics.json"
-    writer = Tolerant("metrics.json", lambda: JSONWriter(str(file)))
+    writer = Tolerant("metrics.json", lambda: Metrics(file))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with EventStorage(0) as storage:
@@ -118,9 +118,7 @@ def test_metrics_are_whole_after_the_disk_was_full(tmp_path: Path, told: list[st
                 if iteration == 4:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, limits[1]))
                 if iteration == 8:
-                    text = file.read_text()
-                    with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
-                        json.loads(text.splitlines()[-1])
+                    assert [json.loads(line)["iteration"] for line in file.read_text().splitlines()] == [0, 1, 2, 3]
                     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
                 writer.write()
                 storage.step()
@@ -129,13 +127,14 @@ def test_metrics_are_whole_after_the_disk_was_full(tmp_path: Path, told: list[st
     writer.close()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(12))
+    told = [line for line in told if line.startswith("metrics.json")]  # a log.txt of another test has no room either
     assert len(told) == 2 and "File too large" in told[0] and told[1] == "metrics.json is written again"
 
 
 def test_a_run_goes_on_without_a_disk_and_without_a_network(
     classifier_cfg: Callable[..., CfgNode], monkeypatch: pytest.MonkeyPatch, told: list[str]
 ) -> None:
-    monkeypatch.setattr(writers, "JSONWriter", lambda path: JSONWriter("/dev/full"))
+    monkeypatch.setattr(writers, "Metrics", lambda path: JSONWriter("/dev/full"))
     monkeypatch.setitem(TRACKERS, "mlflow", Unreachable)
     cfg, data = finalize(classifier_cfg("mobilenet_v1_0.25", "SOLVER.WRITERS", ["mlflow"], "SOLVER.MAX_ITER", 2))
     results = train(Run(cfg, data))

@@ -1,11 +1,12 @@
 """Checkpoints: written whole or not at all, read without running code, found whatever the pointer says."""
 
+from imgcls.checkpoint.averaging import average_checkpoints
 from imgcls.checkpoint.checkpointer import SafeCheckpointer
 from imgcls.checkpoint.key_rules import apply_key_rules
-from imgcls.checkpoint.manifest import BEST, FINAL, content_digest, is_whole, newest_whole
+from imgcls.checkpoint.manifest import BEST, FINAL, content_digest, file_digest, is_whole, iteration_of, newest_whole
 from imgcls.checkpoint.reading import load_weights, local_path, read_checkpoint, trunk_weights, without_counters
 from imgcls.checkpoint.resuming import Resume, checkpoint_to_resume, continues, require_state, set_aside_newer
-from imgcls.checkpoint.writing import prune, sweep, write_checkpoint, write_tensors
+from imgcls.checkpoint.writing import point_at, prunable, prune, sweep, whole_file, write_checkpoint, write_tensors
 
 __all__ = [
     "BEST",
@@ -13,19 +14,25 @@ __all__ = [
     "Resume",
     "SafeCheckpointer",
     "apply_key_rules",
+    "average_checkpoints",
     "checkpoint_to_resume",
     "content_digest",
     "continues",
+    "file_digest",
     "is_whole",
+    "iteration_of",
     "load_weights",
     "local_path",
     "newest_whole",
+    "point_at",
+    "prunable",
     "prune",
     "read_checkpoint",
     "require_state",
     "set_aside_newer",
     "sweep",
     "trunk_weights",
+    "whole_file",
     "without_counters",
     "write_checkpoint",
     "write_tensors",

@@ -6,31 +6,42 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
-from imgcls.checkpoint.manifest import content_digest, floats_in, manifest_path
+from imgcls.checkpoint.manifest import content_digest, floats_in, manifest_path, read_manifest
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 POINTER = "last_checkpoint"  # detectron2's name for the file that names the newest checkpoint
 
 
-def write_checkpoint(path: Path, content: Mapping[str, Any], *, iteration: int = -1, newest: bool = False) -> None:
+def write_checkpoint(
+    path: Path, content: Mapping[str, Any], *, iteration: int = -1, newest: bool = False, kept: bool = False
+) -> None:
     """Write ``content`` to ``path`` and a manifest beside it.
 
     Whatever happens on the way (a kill, a full disk), ``path`` is what it was before, or the new file whole.
-    newest: also point ``last_checkpoint`` at it.
+    newest: also point ``last_checkpoint`` at it. kept: :func:`prune` is to leave it for good.
     """
     digest = write_tensors(path, content)
     manifest = {"sha256": digest, "bytes": path.stat().st_size, "iteration": iteration}
-    with _whole_file(manifest_path(path)) as file:
+    if kept:
+        manifest["kept"] = True
+    with whole_file(manifest_path(path)) as file:
         file.write(json.dumps(manifest).encode())
     if newest:
-        with _whole_file(path.with_name(POINTER)) as file:
-            file.write(path.name.encode())
+        point_at(path)
+
+
+def point_at(path: Path) -> None:
+    """Have ``last_checkpoint`` name the checkpoint ``path``, which lies beside it."""
+    with whole_file(path.with_name(POINTER)) as file:
+        file.write(path.name.encode())
 
 
 def write_tensors(path: Path, content: Mapping[str, Any]) -> str:
@@ -42,7 +53,7 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> str:
     content = {**content, "digest": content_digest(content)}
     # An old manifest goes before the old file does: a kill between the two must not leave it beside a file that is
     # not its own. Without a manifest the digest inside decides.
-    with _whole_file(path, goes_first=manifest_path(path)) as file:
+    with whole_file(path, goes_first=manifest_path(path)) as file:
         hashing = _HashingFile(file)
         try:
             torch.save(content, cast(IO[bytes], hashing))
@@ -53,7 +64,7 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _whole_file(path: Path, *, goes_first: Path | None = None) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, *, goes_first: Path | None = None) -> Iterator[IO[bytes]]:
     """A file that takes the place of ``path`` when all of it lies on the disk, and leaves no trace otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -69,7 +80,9 @@ def _whole_file(path: Path, *, goes_first: Path | None = None) -> Iterator[IO[by
     except OSError as error:
         raise OSError(f"cannot write {path} ({error}); make room or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # A file system that became read-only has its own way of saying that there is no such file.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class _HashingFile(io.RawIOBase):
@@ -114,16 +127,24 @@ def _require_finite(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed writer left: temporary files of checkpoints, manifests and the pointer."""
-    for pattern in (".model_*.tmp", f".{POINTER}.*.tmp"):
-        for leftover in folder.glob(pattern):
+    """Remove the temporary files (``.NAME.PID.tmp``) that a killed writer left: of checkpoints, manifests, tables."""
+    for leftover in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(leftover.name):
             leftover.unlink(missing_ok=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest periodic checkpoints (``model_0000499.pth``), with their manifests."""
+def prunable(folder: Path) -> list[Path]:
+    """The periodic checkpoints of ``folder`` that are not kept for good, the oldest first."""
     numbers = {path: path.stem.removeprefix("model_") for path in folder.glob("model_*.pth")}
     periodic = sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda p: int(numbers[p]))
-    for path in periodic[: max(0, len(periodic) - keep)]:
+    return [path for path in periodic if not (read_manifest(path) or {}).get("kept")]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest periodic checkpoints (``model_0000499.pth``), with their manifests.
+
+    Those whose manifest says that they are kept stay, and do not count.
+    """
+    for path in prunable(folder)[: -keep or None]:
         manifest_path(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import torch
 from detectron2.utils import comm
 
-from imgcls.data.loaders import is_worker_end, worker_error
+from imgcls.data.workers import is_worker_end, worker_error
+from imgcls.engine.memory import is_out_of_memory, out_of_memory
 
 CONFIG_ENDINGS = (".yaml", ".yml")
 DATA_PARALLEL = "--data-parallel"
@@ -70,7 +71,24 @@ def training_parser(description: str) -> Parser:
     parser.add_argument(
         "--dist-url", default="auto", metavar="URL", help="where the processes meet, e.g. tcp://10.0.0.1:29500"
     )
+    parser.add_argument(
+        "--dist-timeout",
+        type=_seconds,
+        default=300.0,
+        metavar="SECONDS",
+        help="a process that does not answer the others for so long ends them all (default 300)",
+    )
     return parser
+
+
+def _seconds(word: str) -> float:
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds above 0")
+    return seconds
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -145,7 +163,7 @@ def _torchrun_line(argv: Sequence[str]) -> str:
 def one_line_errors(work: Callable[..., Any]) -> Callable[..., Any]:
     """Turn a user error (``ValueError``, ``OSError``, an extra that is absent) into one line on stderr, exit code 2.
 
-    So does the death of a data worker.
+    So do the death of a data worker and the end of the memory.
 
     IMGCLS_TRACEBACK=1 shows the traceback instead.
     """
@@ -156,7 +174,9 @@ def one_line_errors(work: Callable[..., Any]) -> Callable[..., Any]:
             return work(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
             _stop(error)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                _stop(out_of_memory(error))
             # torch says so from a signal handler, so it may come up in the middle of a training step.
             if not is_worker_end(error):
                 raise

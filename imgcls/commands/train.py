@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from imgcls.checkpoint import checkpoint_to_resume
 from imgcls.commands.arguments import one_line_errors, parse, training_parser
 from imgcls.commands.recipe import training_config
-from imgcls.engine import ClsTrainer, Run, finalize, setup, start_log, train
+from imgcls.engine import ClsTrainer, Run, finalize, setup, start_log, stopping, train
+from imgcls.engine.batch_size import advice_of, trials
+from imgcls.engine.batch_size import told as told_trial
+from imgcls.engine.cpu_settings import take_over, undecided
 from imgcls.engine.distributed import launch
 from imgcls.engine.replay import replay, told
+from imgcls.engine.tuning import tune
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +40,16 @@ def parser(builtin: bool = False) -> argparse.ArgumentParser:
     made.add_argument(
         "--replay", default="", metavar="FILE", help="take the step again that a replay_*.pth was written for, and stop"
     )
+    made.add_argument("--tune", action="store_true", help="measure precision and memory format first, take the fastest")
+    made.add_argument(
+        "--find-batch-size", action="store_true", help="print the largest power of two that fits into memory, and stop"
+    )
     made.set_defaults(builtin=builtin)
     return made
 
 
 @one_line_errors
+@stopping.listening()
 def work(args: argparse.Namespace) -> None:
     """What each process does."""
     start_log("")
@@ -46,8 +57,11 @@ def work(args: argparse.Namespace) -> None:
     if args.eval_only and args.resume:
         cfg.MODEL.WEIGHTS = str(checkpoint_to_resume(args.resume, Path(cfg.OUTPUT_DIR)) or cfg.MODEL.WEIGHTS)
     if args.replay:
+        cfg.SOLVER.PARALLEL = "ddp"  # the file is the same, and gradients can be looked at whole
         print(told(replay(Run(*finalize(cfg)), Path(args.replay))))
         return
+    if args.tune:
+        _tune(cfg, args)
     cfg, data = setup(cfg, resume=args.resume, eval_only=args.eval_only)
     if args.eval_only:
         _evaluate(Run(cfg, data), args.output)
@@ -63,14 +77,40 @@ def work(args: argparse.Namespace) -> None:
     _judge(cfg, results)
 
 
+def _tune(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Set precision and memory format in ``cfg``; of a run that goes on they are decided already."""
+    if args.eval_only or checkpoint_to_resume(args.resume, Path(cfg.OUTPUT_DIR)) is not None:
+        logger.info("--tune: there is nothing to choose, the checkpoint's settings hold")
+        return
+    decided, data = finalize(undecided(cfg))
+    tune(decided, data)
+    take_over(decided, cfg)
+
+
+def _find_batch_size(args: argparse.Namespace) -> None:
+    """Print each batch that was tried, and what to type."""
+    start_log("")
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("--find-batch-size starts its own processes; run it without torchrun, with --num-gpus N")
+    cfg = training_config(args)
+    cfg.SOLVER.IMS_PER_BATCH = args.num_gpus * max(2, cfg.SOLVER.IMS_PER_BATCH // args.num_gpus)
+    cfg, data = finalize(cfg)
+    found = []
+    for trial in trials(cfg, data, ranks=args.num_gpus, most=len(data.train or ()) // args.num_gpus):
+        found.append(trial)
+        print(told_trial(trial), flush=True)
+    ranks = args.num_gpus * args.num_machines
+    print(advice_of(found, ranks))
+
+
 def _evaluate(run: Run, output: str) -> None:
     run.load_initial(run.cfg.MODEL.WEIGHTS)
     results = run.evaluate()
-    logger.info("classes:\n%s", run.class_table())
+    logger.info("classes:\n%s", run.evaluating.class_table())
     if comm.is_main_process():
         if output:
             Path(output).mkdir(parents=True, exist_ok=True)
-            run.write_class_tables(Path(output))
+            run.evaluating.write_class_tables(Path(output))
         print_results(results)
 
 
@@ -93,4 +133,8 @@ def _judge(cfg: Any, results: dict[str, Any]) -> None:
 @one_line_errors
 def main(argv: Sequence[str] | None = None, *, builtin: bool = False) -> None:
     """The command: parse, then run :func:`work` in as many processes as were asked for."""
-    launch(work, parse(parser(builtin), argv))
+    args = parse(parser(builtin), argv)
+    if args.find_batch_size:
+        _find_batch_size(args)
+    else:
+        launch(work, args)

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = run.tune_thresholds()
     content = {**read_checkpoint(args.weights), "thresholds": list(run.model.thresholds)}
     write_checkpoint(output, content, iteration=content.get("iteration", -1))
-    logger.info("classes, on the pictures that the thresholds were chosen on:\n%s", run.class_table())
+    logger.info("classes, on the pictures that the thresholds were chosen on:\n%s", run.evaluating.class_table())
     print_results(results)
     print(f"{output}: thresholds of {len(opened.classes)} classes, tuned on {', '.join(cfg.DATASETS.TEST)}")
 

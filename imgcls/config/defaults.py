@@ -52,6 +52,8 @@ def _add_backbone(cfg: CfgNode) -> None:
     _set_new(node, "REL_POS", False)
     # Keep maps in channels-last order in memory: faster for depthwise networks on CPUs and with AMP on GPUs.
     _set_new(cfg.MODEL, "CHANNELS_LAST", False)
+    # torch.compile for trunk and head: default, reduce-overhead or max-autotune (its modes), aot_eager; empty: none.
+    _set_new(cfg.MODEL, "COMPILE", "")
 
 
 def _add_head(cfg: CfgNode) -> None:
@@ -73,12 +75,26 @@ def _add_head(cfg: CfgNode) -> None:
     # Factors, one a class, so that rare classes count; []: none; ["balanced"]: computed from the training set.
     _set_new(loss, "CLASS_WEIGHTS", [])  # of CrossEntropy and SoftmaxFocal: factor of the pictures of a class
     _set_new(loss, "POS_WEIGHTS", [])  # of BCE: factor of a class where it is there, relative to where it is not
+    # Of BCE, in [0, 1): a class with more than this share of a mixed picture counts as there; 0: shares stay shares.
+    _set_new(loss, "TARGET_THRESHOLD", 0.0)
     _set_new(loss, "GAMMA", 2.0)  # of the focal losses: exponent that quiets what is easy (Lin et al. 2017: 2)
     _set_new(loss, "ALPHA", 0.25)  # of SigmoidFocal: weight in [0, 1) of classes that are there; -1: none
     # Of Asymmetric; the values are those of Ridnik et al. 2021.
     _set_new(loss, "GAMMA_POS", 0.0)  # exponent where a class is there
     _set_new(loss, "GAMMA_NEG", 4.0)  # exponent where it is not
     _set_new(loss, "CLIP", 0.05)  # probability in [0, 1) up to which a class that is not there costs nothing
+    _set_new(cfg.MODEL, "DISTILL", {})
+    teacher = cfg.MODEL.DISTILL
+    # A trained network to learn from: a classifier's checkpoint, a hand-over file with its head, or "timm:<name>".
+    _set_new(teacher, "TEACHER", "")
+    _set_new(teacher, "WEIGHTS", "")  # file with the weights of a "timm:<name>"; empty: those that timm fetches
+    # Of a teacher that does not say its classes: a text file, one name a line, or in_order (that of the training set).
+    _set_new(teacher, "CLASSES", "")
+    _set_new(teacher, "HEAD", "auto")  # the MODEL.HEAD.NAME that the teacher was trained with
+    _set_new(teacher, "SIZE", 0)  # pixels, side that the teacher sees the images at; 0: that of the student's
+    _set_new(teacher, "KIND", "soft")  # soft: its probabilities (Hinton et al. 2015). hard: its choice (DeiT)
+    _set_new(teacher, "ALPHA", 0.5)  # share of the teacher in the loss, 0..1; the labels' is the rest
+    _set_new(teacher, "TEMPERATURE", 1.0)  # of soft: both networks' logits are divided by it, > 0
 
 
 def _add_input(cfg: CfgNode) -> None:
@@ -135,6 +151,8 @@ def _add_solver(cfg: CfgNode) -> None:
     _set_new(node, "EPS", 0.0)  # of an optimizer that has one; 0: its library's default
     _set_new(node, "LAYER_DECAY", 1.0)  # factor on the rate from one block of the backbone to the one before it
     _set_new(node, "PARAM_OVERRIDES", [])  # rows [pattern of parameter names, {lr_factor: ..., weight_decay: ...}]
+    # Rows [pattern of parameter or module names, epoch up to which they are frozen; 0: for ever]; the last match wins.
+    _set_new(node, "FREEZE", [])
     _set_new(node, "LR_FOR_BATCH", 0)  # images a step that BASE_LR is meant for: it is scaled to IMS_PER_BATCH; 0: not
     _set_new(node, "LR_SCALING", "linear")  # linear | sqrt, for LR_FOR_BATCH
     # Lengths in epochs; 0 (or empty): the key in iterations counts. `SOLVER.MAX_ITER N` on the command line wins.
@@ -148,7 +166,19 @@ def _add_solver(cfg: CfgNode) -> None:
     _set_new(node, "RESTART_CYCLES", 4)  # of WarmupCosineRestartsLR, in the whole run
     _set_new(node, "RESTART_GROWTH", 2.0)  # each of these cycles is so many times as long as the one before
     _set_new(node, "PLATEAU_PATIENCE", 2)  # of PlateauLR: evaluations without a better TEST.METRIC before GAMMA
+    _set_new(node, "EARLY_STOP", {})
+    _set_new(node.EARLY_STOP, "PATIENCE", 0)  # evaluations without a better TEST.METRIC that end the run; 0: it goes on
+    _set_new(node.EARLY_STOP, "MIN_DELTA", 0.0)  # better means by more than this, in the figure's unit (top1: %)
     _set_new(node, "CHECKPOINT_KEEP", 2)  # newest periodic checkpoints to keep, beside the best and the final one
+    # auto: on CPUs AMP in bfloat16 and CHANNELS_LAST where a rule finds them faster; off: as stated; decided: was done.
+    _set_new(node, "CPU_SETTINGS", "auto")
+    # Iterations from one checkpoint that stays for good to the next, each of them saved; 0: none does.
+    _set_new(node, "CHECKPOINT_KEEP_EVERY", 0)
+    _set_new(node, "CHECKPOINT_KEEP_EVERY_EPOCHS", 0.0)  # replaces CHECKPOINT_KEEP_EVERY
+    # GPUs multiply float32 in TF32: 10 bits of mantissa for 23, several times as fast. False: exactly.
+    _set_new(node, "TF32", False)
+    # ddp: every rank holds everything. fsdp2: weights, gradients and optimizer state are cut up over the ranks.
+    _set_new(node, "PARALLEL", "ddp")
     _set_new(node.AMP, "DTYPE", "float16")  # float16 (with a loss scaler) | bfloat16
     _set_new(node, "ACCUMULATE", 1)  # micro-batches that a rank's share of a step is cut into: less memory, same batch
     _set_new(node, "EMA", {})
@@ -156,6 +186,14 @@ def _add_solver(cfg: CfgNode) -> None:
     _set_new(node.EMA, "ENABLED", False)
     _set_new(node.EMA, "DECAY", 0.9999)  # share of the average that one step keeps, in [0, 1)
     _set_new(node.EMA, "WARMUP", True)  # keep less at first: (1 + step) / (10 + step)
+    _set_new(node, "SWA", {})
+    # Average the weights of the end of training in equal shares; evaluated and handed over in their place.
+    _set_new(node.SWA, "ENABLED", False)
+    _set_new(node.SWA, "START", 0.75)  # share of the run, 0..1, that is done before averaging begins
+    _set_new(node.SWA, "PERIOD_EPOCHS", 1.0)  # replaces PERIOD
+    _set_new(node.SWA, "PERIOD", 1)  # iterations from one set of weights that is taken in to the next
+    _set_new(node.SWA, "LR", 0.0)  # rate from START on, in place of the schedule's; 0: the schedule goes on
+    _set_new(node.SWA, "ANNEAL", 0.0)  # share of the run, 0..1, over which the rate goes over to LR; 0: at once
     # A loss or gradient that is no finite number. stop: end the run. skip: leave the step out, up to NON_FINITE_MOST.
     _set_new(node, "NON_FINITE", "stop")
     _set_new(node, "NON_FINITE_MOST", 10)  # steps left out before the run ends all the same

@@ -23,7 +23,9 @@ _LENGTHS = (
     ("SOLVER", "MAX_ITER", "MAX_EPOCHS"),
     ("SOLVER", "WARMUP_ITERS", "WARMUP_EPOCHS"),
     ("SOLVER", "CHECKPOINT_PERIOD", "CHECKPOINT_EPOCHS"),
+    ("SOLVER", "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_KEEP_EVERY_EPOCHS"),
     ("SOLVER", "DECAY_ITERS", "DECAY_EPOCHS"),
+    ("SOLVER.SWA", "PERIOD", "PERIOD_EPOCHS"),
     ("TEST", "EVAL_PERIOD", "EVAL_EPOCHS"),
 )
 
@@ -44,14 +46,16 @@ def iterations_for(epochs: float, num_images: int, batch: int, *, key: str = "th
 def resolve_durations(cfg: CfgNode, num_images: int) -> None:
     """Write every length of the schedule in iterations, in place; a second call changes nothing.
 
-    A key in epochs that is 0 (or empty) leaves its key in iterations alone. A warm-up that does not fit is cut and
-    steps after the end are dropped, and the log says so: ``SOLVER.MAX_EPOCHS 1`` is how people look at a long recipe.
+    A key in epochs that is 0 (or empty), or that is of something not enabled, leaves its key in iterations alone. A
+    warm-up that does not fit is cut and steps after the end are dropped, and the log says so: ``SOLVER.MAX_EPOCHS 1``
+    is how people look at a long recipe.
     """
     batch = cfg.SOLVER.IMS_PER_BATCH
     for group, in_iterations, in_epochs in _LENGTHS:
-        epochs = cfg[group].get(in_epochs, 0)
-        if epochs:
-            cfg[group][in_iterations] = iterations_for(epochs, num_images, batch, key=f"{group}.{in_epochs}")
+        node = node_at(cfg, group)
+        epochs = node.get(in_epochs, 0)
+        if epochs and node.get("ENABLED", True):
+            node[in_iterations] = iterations_for(epochs, num_images, batch, key=f"{group}.{in_epochs}")
     steps = cfg.SOLVER.get("STEPS_EPOCHS", ())
     if steps:
         key = "SOLVER.STEPS_EPOCHS"
@@ -59,6 +63,13 @@ def resolve_durations(cfg: CfgNode, num_images: int) -> None:
     _fit_warmup(cfg)
     if cfg.SOLVER.LR_SCHEDULER_NAME == _MULTISTEP:
         _fit_steps(cfg)
+
+
+def node_at(cfg: CfgNode, group: str) -> CfgNode:
+    """The node of a dotted name; an empty one where the config lacks it, as a stock one lacks ours."""
+    for part in group.split("."):
+        cfg = cfg.get(part, CfgNode())
+    return cfg
 
 
 def _fit_warmup(cfg: CfgNode) -> None:

@@ -11,7 +11,7 @@ import difflib
 import logging
 import os
 from ast import literal_eval
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from detectron2.config.compat import guess_version
 from fvcore.common.config import BASE_KEY
 
 from imgcls.config.defaults import add_imgcls_config
+from imgcls.config.durations import node_at
 from imgcls.config.yaml_reading import StrPath, Tree, YamlReader, refuse, walk
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ ITERATIONS_OVER_EPOCHS: tuple[tuple[str, str, Any], ...] = (
     ("SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_EPOCHS", 0.0),
     ("SOLVER.STEPS", "SOLVER.STEPS_EPOCHS", []),
     ("SOLVER.CHECKPOINT_PERIOD", "SOLVER.CHECKPOINT_EPOCHS", 0.0),
+    ("SOLVER.CHECKPOINT_KEEP_EVERY", "SOLVER.CHECKPOINT_KEEP_EVERY_EPOCHS", 0.0),
     ("SOLVER.DECAY_ITERS", "SOLVER.DECAY_EPOCHS", 0.0),
+    ("SOLVER.SWA.PERIOD", "SOLVER.SWA.PERIOD_EPOCHS", 0.0),
     ("TEST.EVAL_PERIOD", "TEST.EVAL_EPOCHS", 0.0),
 )
 
@@ -57,13 +60,21 @@ def load_config(
     """
     cfg = add_imgcls_config(get_cfg()) if cfg is None else cfg.clone()
     cfg.defrost()
-    _merge_files(cfg, [os.fspath(one) for one in ([path] if isinstance(path, (str, os.PathLike)) else path)])
-    _merge_overrides(cfg, _pairs(overrides))
+    paths = [os.fspath(one) for one in ([path] if isinstance(path, (str, os.PathLike)) else path)]
+    given = {*_merge_files(cfg, paths), *_merge_overrides(cfg, _pairs(overrides))}
+    _let_stated_precision_stand(cfg, given)
     return cfg
 
 
-def _merge_files(cfg: CfgNode, paths: Sequence[str]) -> None:
-    """One after the other; what a later file changes of an earlier one's goes into the log."""
+def _let_stated_precision_stand(cfg: CfgNode, given: Collection[str]) -> None:
+    """Who states AMP, either way, or CHANNELS_LAST False has chosen: nothing is decided for them."""
+    stated = "SOLVER.AMP.ENABLED" in given or ("MODEL.CHANNELS_LAST" in given and not cfg.MODEL.CHANNELS_LAST)
+    if stated and "SOLVER.CPU_SETTINGS" not in given:
+        cfg.SOLVER.CPU_SETTINGS = "off"
+
+
+def _merge_files(cfg: CfgNode, paths: Sequence[str]) -> Collection[str]:
+    """One after the other; what a later file changes of an earlier one's goes into the log. Returns the keys given."""
     given: dict[str, str] = {}  # key -> the file that gave it last
     for path in paths:
         before = cfg.clone()
@@ -76,6 +87,7 @@ def _merge_files(cfg: CfgNode, paths: Sequence[str]) -> None:
                 _drop_expectation(cfg, before)
             _tell_changes(cfg, before, {key: given[key] for key in origins if key in given}, path)
         given.update(origins)
+    return given
 
 
 def _tell_changes(cfg: CfgNode, before: CfgNode, given: Mapping[str, str], path: str) -> None:
@@ -214,7 +226,7 @@ def _pairs(overrides: Sequence[Any]) -> list[tuple[str, Any]]:
     return list(zip(words[::2], words[1::2], strict=True))
 
 
-def _merge_overrides(cfg: CfgNode, pairs: Sequence[tuple[str, Any]]) -> None:
+def _merge_overrides(cfg: CfgNode, pairs: Sequence[tuple[str, Any]]) -> Collection[str]:
     before = cfg.clone()
     given: dict[str, int] = {}  # key -> place in the list
     for place, (key, value) in enumerate(pairs):
@@ -228,15 +240,17 @@ def _merge_overrides(cfg: CfgNode, pairs: Sequence[tuple[str, Any]]) -> None:
     _let_iterations_win(cfg, given, f"on {_COMMAND_LINE}")
     if EXPECTED_RESULTS not in given:
         _drop_expectation(cfg, before)
+    return given
 
 
 def _let_iterations_win(cfg: CfgNode, given: Mapping[str, int], where: str) -> None:
     for iterations, epochs, off in ITERATIONS_OVER_EPOCHS:
-        group, _, leaf = epochs.partition(".")
-        if iterations not in given or given.get(epochs, -1) > given[iterations] or not cfg[group].get(leaf):
+        group, _, leaf = epochs.rpartition(".")
+        node = node_at(cfg, group)
+        if iterations not in given or given.get(epochs, -1) > given[iterations] or not node.get(leaf):
             continue
-        logger.info("%s given %s replaces %s %s", iterations, where, epochs, cfg[group][leaf])
-        cfg[group][leaf] = copy.copy(off)
+        logger.info("%s given %s replaces %s %s", iterations, where, epochs, node[leaf])
+        node[leaf] = copy.copy(off)
 
 
 def _drop_expectation(cfg: CfgNode, before: CfgNode) -> None:

@@ -109,6 +109,11 @@ def _bytes_of(name: str, asked_by: str) -> bytes:
     return data
 
 
+def parse_yaml(text: str, name: str) -> Tree:
+    """What ``text`` says, plain values only; name: what to call it in an error. A mistake is a ``ValueError``."""
+    return _parse(text.encode(), name)
+
+
 def _parse(data: bytes, name: str) -> Tree:
     try:
         text = data.decode("utf-8-sig")

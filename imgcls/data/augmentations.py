@@ -184,6 +184,36 @@ def _rand_augment(
     return _sometimes(v2.RandAugment(operations, magnitude, RAND_AUGMENT_MAGNITUDES, interpolation=mode), probability)
 
 
+def _timm_rand_augment(size: int, mode: InterpolationMode, policy: str = "rand-m9-mstd0.5-inc1") -> Transform:
+    _require(policy.split("-")[0] == "rand", "the policy is one of timm's RandAugment, such as rand-m9-mstd0.5-inc1")
+    return TimmRandAugment(policy, size, mode)
+
+
+class TimmRandAugment:
+    """timm's RandAugment, which the recipes of DeiT, Swin, ConvNeXt and "ResNet strikes back" name by such strings.
+
+    Unlike torchvision's it leaves each of its operations out half the time, moves the magnitude by noise (``mstd``),
+    lets every operation grow with it (``inc1``) and fills with ImageNet's mean colour.
+
+    Raises ``ImportError`` without timm.
+    """
+
+    def __init__(self, policy: str, size: int, mode: InterpolationMode) -> None:
+        try:
+            from timm.data.auto_augment import rand_augment_transform
+            from timm.data.transforms import str_to_pil_interp
+        except ImportError as error:
+            raise ImportError(f"timm is not installed: pip install 'imgcls[timm]' ({error})") from error
+        # As in timm's transforms_imagenet_train; shifts in pixels reach 0.45 of the side.
+        options = {"translate_const": int(0.45 * size), "interpolation": str_to_pil_interp(mode.value)}
+        self._of_colours = rand_augment_transform(policy, {**options, "img_mean": IMAGENET_MEAN})
+        self._of_greys = rand_augment_transform(policy, {**options, "img_mean": round(sum(IMAGENET_MEAN) / 3)})
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        augmented: Image.Image = (self._of_greys if picture.mode == "L" else self._of_colours)(picture)
+        return augmented
+
+
 def _trivial_augment(size: int, mode: InterpolationMode, probability: float = 1.0) -> Transform:
     return _sometimes(v2.TrivialAugmentWide(interpolation=mode), probability)
 
@@ -267,6 +297,7 @@ TRANSFORMS: dict[str, Builder] = {
     "blur": _blur,  # Chen et al. 2020: probability, smallest and largest sigma in pixels; kernel a tenth of the side
     "auto_augment": _auto_augment,  # Cubuk et al. 2018: imagenet, cifar10 or svhn; probability
     "rand_augment": _rand_augment,  # Cubuk et al. 2019: operations, magnitude 0 to 30, probability
+    "timm_rand_augment": _timm_rand_augment,  # timm's (an extra): its policy's name, such as rand-m9-mstd0.5-inc1
     "trivial_augment": _trivial_augment,  # Müller and Hutter 2021, the wide ranges: probability
     "augmix": _augmix,  # Hendrycks et al. 2020: severity 1 to 10, width, depth (-1: 1 to 3), alpha, probability
     "random_erasing": _random_erasing,  # Zhong et al. 2017: probability, area range, fill (black, mean or noise)

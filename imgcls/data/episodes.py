@@ -15,7 +15,8 @@ from torch.utils.data import Sampler
 
 from imgcls.data.datasets.shared_arrays import SharedArrays
 from imgcls.data.datasets.source import Source
-from imgcls.data.loaders import Loader, make_loader, on_bad_in_training
+from imgcls.data.guarded_loader import Loader
+from imgcls.data.loaders import make_loader, on_bad_in_training
 from imgcls.data.mapper import ClsMapper, Mapped, MappedDataset, Mapper, Packed, pack, stack
 from imgcls.data.random_stream import permutation
 from imgcls.data.samplers import Draw

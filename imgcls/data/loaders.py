@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import logging
-import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +16,8 @@ from imgcls.config import iterations_for
 from imgcls.data.batch_buffers import WithBuffers
 from imgcls.data.datasets.source import Source
 from imgcls.data.fast_jpeg import from_jpeg
+from imgcls.data.guarded_loader import BadFiles, Loader
 from imgcls.data.mapper import (
-    BadFile,
     ClsMapper,
     Mapped,
     MappedDataset,
@@ -44,152 +38,13 @@ from imgcls.data.samplers import (
     weighted,
 )
 from imgcls.data.transforms import test_transform, train_transform
-from imgcls.data.watch import Watch
+from imgcls.data.workers import free_shared_memory, start_worker
 from imgcls.structures import Problem
 
-logger = logging.getLogger(__name__)
-
-SHARED_MEMORY = "/dev/shm"
 PREFETCH = 2  # batches that a worker is asked for ahead
 BUFFER_BYTES = 1 << 30  # of a loader's buffers for batches, at most
 
 Collate = Callable[[Sequence[Mapped]], Packed]
-
-
-class BadFiles:
-    """The files of a set that could not be read, by name: each is said once, and too many end the run.
-
-    size: of the set. share: of it that may be bad; 0..1.
-    """
-
-    def __init__(self, size: int, share: float) -> None:
-        self.size, self.share = size, share
-        self.reasons: dict[str, str] = {}
-
-    def add(self, files: list[BadFile]) -> None:
-        """Take note of ``files``; a ``ValueError`` when they are more than the share."""
-        for file in files:
-            if file.name not in self.reasons:
-                self.reasons[file.name] = file.reason
-                logger.warning("left out: %s", file.reason)
-        if len(self.reasons) > self.share * self.size:
-            raise ValueError(
-                f"{len(self.reasons)} of {self.size} images cannot be read, more than the share "
-                f"DATALOADER.MAX_BAD_SHARE {self.share:g}; the last one: {list(self.reasons.values())[-1]}. Mend the "
-                "data or raise that key"
-            )
-
-    def __len__(self) -> int:
-        return len(self.reasons)
-
-
-class Loader:
-    """A DataLoader whose faults come out as one ``ValueError`` in the main process, and never as a wait without end.
-
-    bad: the files that could not be read so far, when they are not to end the run.
-    left_out: how many samples the latest pass went without.
-    """
-
-    def __init__(self, loader: DataLoader, bad: BadFiles) -> None:
-        self.loader, self.bad = loader, bad
-        self.left_out = 0
-
-    @property
-    def dataset(self) -> MappedDataset:
-        return self.loader.dataset  # type: ignore[return-value]
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        """Batches: :class:`~imgcls.structures.Batch`, or what the loader's packing makes."""
-        self.left_out = 0
-        known = len(self.bad)
-        for packed in self._packed():
-            if packed.bad:
-                self.left_out += packed.left_out
-                self.bad.add(packed.bad)
-            if packed.fatal:
-                raise ValueError(packed.fatal)
-            if packed.batch is not None:
-                yield packed.batch
-        if len(self.bad) > known:
-            name, bad = self.dataset.source.name, len(self.bad)
-            logger.warning("%s: %d of %d files could not be read", name, bad, self.bad.size)
-
-    def _packed(self) -> Iterator[Packed]:
-        """What the workers send; they are ended when the pass ends early, and killed when they hang."""
-        workers, whole = iter(self.loader), False
-        processes = getattr(workers, "_workers", [])
-        # A little later than torch's own, which knows of fewer ways to wait but says in plain words what it waited for.
-        watch = Watch(1.1 * self.loader.timeout, lambda: _kill(processes))
-        try:
-            while True:
-                with watch:
-                    packed = next(workers, None)
-                if packed is None:
-                    break
-                yield packed
-            whole = True
-        except (RuntimeError, OSError, EOFError) as error:
-            _end(processes)
-            if not self.loader.num_workers or _is_of_a_transform(error):
-                raise
-            late = f"no batch came in {watch.seconds:g} seconds" if watch.fired else ""
-            raise worker_error(error, late) from error
-        finally:
-            watch.close()
-            if not whole:
-                # Ends workers that were to persist; when the garbage collector does, it waits 5 seconds for each.
-                self.loader._iterator = None
-
-
-def _kill(processes: list[Any]) -> None:
-    # SIGTERM does not end a stopped process, and whoever waits for one waits for ever.
-    for process in processes:
-        process.kill()
-
-
-def _end(processes: list[Any]) -> None:
-    # torch's signal handler would complain of the very deaths that are wanted here; only the main thread has it.
-    in_main = threading.current_thread() is threading.main_thread()
-    usual = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
-    try:
-        _kill(processes)
-        for process in processes:
-            process.join()
-    finally:
-        if in_main:
-            signal.signal(signal.SIGCHLD, usual or signal.SIG_DFL)
-
-
-# How it begins, as RuntimeError, that a worker has died; from a signal handler, so wherever the process just is.
-_WORKER_ENDED = "DataLoader worker"
-
-
-def is_worker_end(error: BaseException) -> bool:
-    """Whether ``error`` is torch's word that a data worker has died, which may come in the middle of a step."""
-    return isinstance(error, RuntimeError) and str(error).startswith(_WORKER_ENDED)
-
-
-def _is_of_a_transform(error: Exception) -> bool:
-    """Whether it was raised by the code that runs in the workers, whose traceback torch has put into the message."""
-    return str(error).startswith("Caught ") and "shared memory" not in str(error)
-
-
-def worker_error(error: Exception, reason: str = "") -> ValueError:
-    """What to tell the user of workers that died, hang or cannot send; ``reason`` where it is not in ``error``."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = reason or lines[-1 if lines[0].startswith("Caught ") else 0].rstrip(".")
-    return ValueError(
-        f"the data workers failed: {reason}. They ran out of memory or open files (ulimit -n), or {SHARED_MEMORY} is "
-        f"full ({_free_shared_memory() / 2**20:.0f} MiB free), or a batch took longer than DATALOADER.TIMEOUT; change "
-        "that key, SOLVER.IMS_PER_BATCH or DATALOADER.NUM_WORKERS (0: no workers)"
-    )
-
-
-def _free_shared_memory() -> float:
-    return float(shutil.disk_usage(SHARED_MEMORY).free) if os.path.isdir(SHARED_MEMORY) else float("inf")
 
 
 def build_train_loader(cfg: CfgNode, source: Source, *, start: int = 0) -> Loader:
@@ -307,14 +162,8 @@ def _with_buffers(cfg: CfgNode, batches: Any, pixels: int) -> Any:
         return batches
     size = len(cfg.MODEL.PIXEL_MEAN) * pixels
     # Besides those that are asked for there is one to look at, the one before it and the one that has just come.
-    count = min(PREFETCH * workers + 3, int(min(BUFFER_BYTES, _free_shared_memory() / 2) // size))
+    count = min(PREFETCH * workers + 3, int(min(BUFFER_BYTES, free_shared_memory() / 2) // size))
     return WithBuffers(batches, count, size) if count > 0 else batches
-
-
-def _start_worker(worker: int) -> None:
-    # What a worker was born with is no garbage. Looking through it again and again, as Python's collector does, takes
-    # a sixth of the time of a worker that reads photographs, and writes on pages that processes would share.
-    gc.freeze()
 
 
 def make_loader(
@@ -335,6 +184,6 @@ def make_loader(
         persistent_workers=persist and node.NUM_WORKERS > 0,
         timeout=node.TIMEOUT if node.NUM_WORKERS else 0,
         prefetch_factor=PREFETCH if node.NUM_WORKERS else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
     return Loader(loader, BadFiles(len(dataset), node.MAX_BAD_SHARE))

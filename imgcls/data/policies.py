@@ -1,9 +1,8 @@
 """Published training policies by name: ``["policy", NAME]`` in ``INPUT.TRAIN_TRANSFORMS`` stands for their rows.
 
 Each is a function of the side of the training square in pixels. Mixup and CutMix act on batches and are keys of their
-own (``INPUT.MIXUP_ALPHA``, ``INPUT.CUTMIX_ALPHA``); what a recipe sets them to is said where it has them. Some recipes
-come from timm, whose RandAugment counts magnitudes to 10 and moves each by noise; here they are three times as large,
-for torchvision counts to 30, and without the noise.
+own (``INPUT.MIXUP_ALPHA``, ``INPUT.CUTMIX_ALPHA``); what a recipe sets them to is said where it has them. Recipes that
+were made with timm take RandAugment from there (``pip install 'imgcls[timm]'``).
 """
 
 from __future__ import annotations
@@ -58,15 +57,16 @@ def _augmix(size: int) -> Rows:
 
 
 def _a1(size: int) -> Rows:
-    return [*_CROP, ["rand_augment", 2, 21]]
+    return [*_CROP, ["timm_rand_augment", "rand-m7-mstd0.5-inc1"]]
 
 
 def _a3(size: int) -> Rows:
-    return [*_CROP, ["rand_augment", 2, 18]]
+    return [*_CROP, ["timm_rand_augment", "rand-m6-mstd0.5-inc1"]]
 
 
 def _deit(size: int) -> Rows:
-    return [*_CROP, ["rand_augment", 2, 27], ["random_erasing", 0.25, 0.02, 0.33, "noise"]]
+    augment: list[Any] = ["timm_rand_augment", "rand-m9-mstd0.5-inc1"]
+    return [*_CROP, augment, ["random_erasing", 0.25, 0.02, 0.33, "noise"]]
 
 
 def _simclr(size: int) -> Rows:

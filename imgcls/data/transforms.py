@@ -18,6 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from imgcls.config import register_check
 from imgcls.data.augmentations import TRANSFORMS, Transform
 from imgcls.data.policies import POLICIES
+from imgcls.data.random_stream import generators_kept
 from imgcls.structures import Problem
 
 _KEY = "INPUT.TRAIN_TRANSFORMS"
@@ -97,7 +98,7 @@ def _problem_with(row: Any, size: int, mode: InterpolationMode) -> Problem | Non
     side = size if name != "albumentations" else max(512, 2 * size)
     try:
         # torchvision looks at some arguments only when it draws: try a picture that has the right size already.
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept():
             _build(row, size, mode)(Image.new("RGB", (side, side)))
     except ImportError as error:
         return Problem(str(error), name, "the other transforms", _KEY)

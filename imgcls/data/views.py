@@ -11,7 +11,8 @@ from detectron2.config import CfgNode
 from imgcls.config import register_check
 from imgcls.config.checks import CLASSIFIER
 from imgcls.data.datasets.source import Source
-from imgcls.data.loaders import Loader, make_loader, on_bad_in_training, train_sampler
+from imgcls.data.guarded_loader import Loader
+from imgcls.data.loaders import make_loader, on_bad_in_training, train_sampler
 from imgcls.data.mapper import (
     Mapped,
     MappedDataset,

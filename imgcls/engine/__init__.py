@@ -1,8 +1,9 @@
 """Training: the step, the two loops over it, and what surrounds them."""
 
 from imgcls.engine.plain_loop import train
+from imgcls.engine.provenance import describe
 from imgcls.engine.run import Run
-from imgcls.engine.setup import Data, describe, finalize, setup, start_log
+from imgcls.engine.setup import Data, finalize, setup, start_log
 from imgcls.engine.step import TrainStep
 from imgcls.engine.trainer import ClsTrainer
 

@@ -10,6 +10,8 @@ from typing import IO
 
 import portalocker
 
+from imgcls.checkpoint import whole_file
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
@@ -72,14 +74,18 @@ def mend_lines(path: Path, start_iter: int) -> None:
     """Drop from a file of JSON lines one torn by a kill and those of iterations that will be run again."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in lines if _before(line, start_iter)), encoding="utf-8")
-    temporary.replace(path)
+    data = path.read_bytes()
+    kept = b"".join(line.rstrip(b"\r\n") + b"\n" for line in data.splitlines(True) if _before(line, start_iter))
+    if data.startswith(kept):
+        # Nearly always: what goes is the end, and a full disk has room for that.
+        os.truncate(path, len(kept))
+        return
+    with whole_file(path) as file:
+        file.write(kept)
 
 
-def _before(line: str, start_iter: int) -> bool:
+def _before(line: bytes, start_iter: int) -> bool:
     try:
-        return json.loads(line)["iteration"] < start_iter
+        return bool(json.loads(line)["iteration"] < start_iter)
     except (ValueError, KeyError, TypeError):
         return False

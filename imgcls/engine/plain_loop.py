@@ -14,12 +14,10 @@ def train(run: Run) -> dict[str, Any]:
     writers = run.writers()
     try:
         with EventStorage(run.start_iter) as storage:
+            run.catch_up(writers)
             for iteration, batch in enumerate(run.batches(), start=run.start_iter):
                 run.train_on(batch, iteration)
-                run.finish_iteration(iteration)
-                if run.write_due(iteration):
-                    for writer in writers:
-                        writer.write()
+                run.finish_iteration(iteration, writers)
                 storage.step()
     finally:
         for writer in writers:

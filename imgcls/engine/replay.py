@@ -44,7 +44,8 @@ def replay(run: Any, path: Path) -> dict[str, Any]:
     run.resume_from(path)
     iteration = run.start_iter
     batch = next(iter(run.batches()))
-    with _watched(run.model) as outputs:
+    # Compiled code would not stop for those who watch.
+    with torch.compiler.set_stance("force_eager"), _watched(run.model) as outputs:
         losses = run.step.gradients(batch, iteration)
     bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
     return {

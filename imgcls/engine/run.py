@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from detectron2.config import CfgNode
@@ -19,34 +18,32 @@ from torch import Tensor, nn
 
 import imgcls
 from imgcls.checkpoint import Resume
-from imgcls.data import Loader, build_test_loader, build_train_loader, mix
-from imgcls.engine import starting
+from imgcls.data import build_train_loader, mix
+from imgcls.engine import launching, starting, stopping
+from imgcls.engine.compiling import compile_copy, compile_network
 from imgcls.engine.distributed import first_rank_does, wrap_for_ranks
+from imgcls.engine.early_stop import COSTS, EarlyStop
+from imgcls.engine.evaluating import Evaluating, is_better
+from imgcls.engine.freezing import Freezing
 from imgcls.engine.output_dir import mend_metrics
+from imgcls.engine.precise_bn import recompute_statistics, statistics_due
+from imgcls.engine.rank_statistics import statistics_of_ranks, take_own_statistics
 from imgcls.engine.replay import keep
 from imgcls.engine.saving import Saving
 from imgcls.engine.setup import Data
+from imgcls.engine.sharding import Sharded
 from imgcls.engine.step import NonFinite, TrainStep
+from imgcls.engine.sync_norms import synchronise_norms
+from imgcls.engine.teacher import build_distillation
 from imgcls.engine.trace import Trace, open_trace
-from imgcls.engine.writers import Stopwatch, build_writers
-from imgcls.evaluation import (
-    ClassificationEvaluator,
-    LogitsEvaluator,
-    MultiLabelEvaluator,
-    ThresholdTuner,
-    evaluate,
-    per_class_text,
-    write_tables,
-)
+from imgcls.engine.writers import Stopwatch, build_writers, scalars_at
+from imgcls.evaluation import LogitsEvaluator, ThresholdTuner
 from imgcls.layers import average_running_statistics
 from imgcls.solver import build_optimizer, build_schedule
 from imgcls.solver.schedules import PlateauMultiplier, apply_current
 from imgcls.structures import LoadReport
 
 logger = logging.getLogger(__name__)
-
-# Of TEST.METRIC: the smaller the better.
-COSTS = ("loss",)
 
 
 class Run:
@@ -59,21 +56,34 @@ class Run:
         self.cfg, self.data = cfg, data
         torch.manual_seed(mix(cfg.SEED, -1))
         self.model = build_model(cfg)
+        synchronise_norms(cfg, self.model)
+        compile_network(cfg, self.model)
+        if data.train is not None:
+            self.model.distillation = build_distillation(cfg, data.classes)
+            self.freezing = Freezing.from_cfg(cfg, self.model, len(data.train))
+        # An early stop lowers max_iter to where the run ended.
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.early_stop = EarlyStop.from_cfg(cfg)
         self.best: dict[str, Any] = {}
         self.results: dict[str, Any] = {}
         self._folder = Path(cfg.OUTPUT_DIR)
-        self._saving = Saving(self._folder, keep=cfg.SOLVER.CHECKPOINT_KEEP)
-        self._test_loader: Loader | None = None
-        self._evaluator: LogitsEvaluator | None = None
+        self.evaluating, self.saving = Evaluating(cfg, data), Saving.from_cfg(cfg)
+        self._config = cfg.dump()
         self._step: TrainStep | None = None
+        self._sharded: Sharded | None = None
         self._trace: Trace | None = None
+        # What the line of the latest iteration has already, while a signal keeps its evaluation from being made.
+        self.owed: dict[str, Any] = {}
+        self._statistics: list[list[Tensor]] = []
+        self._stopped_by, self._finished = 0, -1  # the signal obeyed, the iteration that was finished last
 
     # -- where the weights come from ---------------------------------------------------------------------------------
 
     def start(self, *, resume: Resume) -> None:
         """Go on from the checkpoint named or the newest whole one, or begin with ``MODEL.WEIGHTS``. Collective."""
         starting.start(self, resume)
+        if self._sharded is not None:  # somebody has looked at the step before
+            self._sharded.scatter()
 
     def load_initial(self, path: str) -> LoadReport:
         """Weights to begin with (a classifier's checkpoint or a converted backbone); a misfit is a ``ValueError``."""
@@ -90,30 +100,82 @@ class Run:
         """The training step; built when first asked for, since evaluation alone needs no optimizer."""
         if self._step is None:
             self.model.train()
-            optimizer = build_optimizer(self.cfg, self.model)
+            self._sharded = Sharded.from_cfg(self.cfg, self.model)
+            trained = self._sharded.network if self._sharded is not None else self.model
+            optimizer = build_optimizer(self.cfg, trained)
             schedule = build_schedule(self.cfg, optimizer)
-            self._step = TrainStep.from_cfg(self.cfg, wrap_for_ranks(self.model), optimizer, schedule)
+            wrapped = trained if self._sharded is not None else wrap_for_ranks(trained)
+            self._step = TrainStep.from_cfg(self.cfg, wrapped, optimizer, schedule)
+            if self._step.average is not None:
+                compile_copy(self.cfg.MODEL.COMPILE, self._step.average.network)
+            # Only now, so that the optimizer and the step hold what is trained later too.
+            self.freezing.follow(self._step, self.start_iter)
         return self._step
 
     @property
     def network(self) -> nn.Module:
-        """What is evaluated and handed over: the average of the weights where one is kept, otherwise the network."""
-        return self._step.ema.network if self._step is not None and self._step.ema is not None else self.model
+        """What is evaluated and handed over: the average of the weights once there is one, otherwise the network."""
+        average = self._step.average if self._step is not None else None
+        return average.network if average is not None and average.begun else self.model
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network that is trained, and the average of its weights once there is one."""
+        return [self.model] if self.network is self.model else [self.model, self.network]
 
     def batches(self) -> Iterator[Any]:
-        """This rank's batches of iterations ``start_iter`` .. ``max_iter`` - 1; takes the time that waiting costs."""
+        """This rank's batches of iterations ``start_iter`` .. ``max_iter`` - 1; takes the time that waiting costs.
+
+        After a signal (:mod:`~imgcls.engine.stopping`) and the checkpoint that it asked for they end with ``Stopped``.
+        """
         if self.data.train is None:
             raise ValueError("this run has no training data; it was set up to evaluate only")
         self._trace = open_trace(self.cfg.DATALOADER.TRACE, self.start_iter)
+        if self.start_iter >= self.max_iter:
+            return
         self._clock, waiting = Stopwatch(), Stopwatch()
-        for batch in build_train_loader(self.cfg, self.data.train, start=self.start_iter):
-            self._data_time = waiting.lap()
-            yield batch
-            waiting.lap()
+        self._finished = self.start_iter - 1
+        loader = self.train_loader()
+        with stopping.deferred():
+            try:
+                for batch in stopping.patient(loader):
+                    self._data_time = waiting.lap()
+                    yield batch
+                    if self._stopped_by:
+                        self._leave()
+                    if self.early_stop.over:
+                        return
+                    waiting.lap()
+            except (ValueError, OSError):
+                # Data that do not come keep no run from saving; a rank among others cannot save alone.
+                if not stopping.asked() or comm.get_world_size() > 1:
+                    raise
+                self._save_and_leave(stopping.asked())
+
+    def _save_and_leave(self, asked: int) -> None:
+        """Obey the signal ``asked`` between two iterations."""
+        if self._finished >= self.start_iter:
+            with self._fault_kept():
+                self.step.settle()
+            self._save(self._finished, True, False, must=True)
+        self._stopped_by = asked
+        self._leave()
+
+    def _leave(self) -> NoReturn:
+        name = stopping.name_of(self._stopped_by)
+        logger.info("stopped by %s after iteration %d; --resume goes on", name, self._finished)
+        raise stopping.Stopped(self._stopped_by)
+
+    def train_loader(self) -> Iterable[Any]:
+        """Where this rank's batches come from; a Run of your own may take them from elsewhere."""
+        return build_train_loader(self.cfg, self.data.train, start=self.start_iter)  # type: ignore[arg-type]
 
     def train_on(self, batch: Any, iteration: int) -> None:
         """One step, and its record. Collective."""
+        launching.notes.reached(iteration)
+        self.step.signal = stopping.asked()
         with self._fault_kept():
+            self.freezing.follow(self.step, iteration)
             losses = self.step(batch, iteration)
         if self._trace is not None:
             self._trace.write(iteration, batch)
@@ -152,22 +214,82 @@ class Run:
 
     def write_due(self, iteration: int) -> bool:
         """Whether a line is written; at each evaluation too, for detectron2's writers keep the latest values only."""
+        return not self.owed and self._line_due(iteration)
+
+    def _line_due(self, iteration: int) -> bool:
         return self.due(self.cfg.SOLVER.LOG_PERIOD, iteration) or self.evaluation_due(iteration)
 
-    def finish_iteration(self, iteration: int) -> None:
-        """Evaluate and save if due, in this order: a checkpoint holds the results of its own iteration. Collective."""
+    def finish_iteration(self, iteration: int, writers: Sequence[EventWriter] = ()) -> None:
+        """Evaluate, write the line and save if due. Collective.
+
+        In this order: a checkpoint holds the results of its own iteration, and a resumed run goes on with the line of
+        the next. A signal to any rank has them save what they have; an evaluation that it cuts short is made after
+        ``--resume``.
+        """
         evaluating = self.evaluation_due(iteration)
-        saving = self.due(self.cfg.SOLVER.CHECKPOINT_PERIOD, iteration)
-        if not (evaluating or saving):
+        saving = self._saving_due(iteration) or self.saving.due_again(iteration)
+        self._finished = iteration
+        if not (evaluating or saving or self.step.agreed_signal):
+            self._write(writers, iteration)
             return
         with self._fault_kept():
             self.step.settle()
-        average_running_statistics(self.model)
-        if self.network is not self.model:
-            average_running_statistics(self.network)
-        improved = self._evaluate_at(iteration) if evaluating else False
-        first_rank_does(lambda: self._save(iteration, saving, improved))
+        self._gather()
+        asked = self.step.agreed_signal
+        # At an iteration that the uninterrupted run, or one with room on its disk, passes by nothing may change.
+        passing = not (evaluating or self._saving_due(iteration))
+        self._statistics = statistics_of_ranks(self.networks) if passing else []
+        for network in self.networks:
+            average_running_statistics(network)
+        # A signal leaves no time for it; the evaluation that it owes begins with it.
+        precise = statistics_due(self.cfg, self.step.average)
+        if precise and not (passing or asked):
+            recompute_statistics(self.cfg, self.network, self.data.train)
+        improved = self._evaluate_at(iteration) if evaluating and not asked else False
+        if (evaluating and not (self.results and not asked)) or (asked and precise and not passing):
+            self.results, self.owed = {}, scalars_at(iteration)
+            asked = asked or max(comm.all_gather(stopping.asked()))
+        self._write(writers, iteration)
+        self._save(iteration, self._saving_due(iteration) or bool(asked), improved, must=bool(asked))
+        take_own_statistics(self.networks, self._statistics)
+        if iteration + 1 < self.max_iter or self.owed:
+            self._stopped_by = asked
         self._clock.lap()
+
+    def _write(self, writers: Sequence[EventWriter], iteration: int) -> None:
+        if self.write_due(iteration):
+            for writer in writers:
+                writer.write()
+
+    def _gather(self) -> None:
+        """Give the network the weights that were trained where these are cut up over the ranks. Collective."""
+        if self._sharded is not None:
+            self._sharded.gather()
+
+    def _saving_due(self, iteration: int) -> bool:
+        node = self.cfg.SOLVER
+        return self.due(node.CHECKPOINT_PERIOD, iteration) or self.due(node.CHECKPOINT_KEEP_EVERY, iteration)
+
+    def catch_up(self, writers: Sequence[EventWriter]) -> None:
+        """Make the evaluation (or statistics) that a signal cut short before the run was resumed. Collective."""
+        if not self.owed:
+            return
+        iteration, storage = self.start_iter - 1, get_event_storage()
+        storage.iter = iteration
+        for name, (value, smoothing) in self.owed.items():
+            storage.put_scalar(name, value, smoothing_hint=smoothing)
+        with stopping.deferred():
+            if statistics_due(self.cfg, self.step.average):
+                recompute_statistics(self.cfg, self.network, self.data.train)
+            evaluating = self.evaluation_due(iteration)
+            improved = self._evaluate_at(iteration) if evaluating else False
+            if evaluating and not self.results:  # again; the checkpoint still says so
+                self._stopped_by, self._finished = max(comm.all_gather(stopping.asked())), iteration
+                self._leave()
+            self.owed = {}
+            self._write(writers, iteration)
+            self._save(iteration, True, improved)
+        storage.iter = self.start_iter
 
     def writers(self) -> list[EventWriter]:
         """The writers of rank 0, none elsewhere; continues ``metrics.json`` where the checkpoint left it."""
@@ -180,22 +302,9 @@ class Run:
     # -- evaluating and saving ---------------------------------------------------------------------------------------
 
     def evaluate(self, evaluator: LogitsEvaluator | None = None) -> dict[str, Any]:
-        """The figures of DATASETS.TEST, on every rank; those of ``evaluator`` instead of the usual ones. Collective."""
-        if self.data.test is None:
-            return {}
-        if self._test_loader is None:
-            self._test_loader = build_test_loader(self.cfg, self.data.test)
-        self._evaluator = evaluator or self._new_evaluator()
-        self.results = evaluate(self.network, self._test_loader, self._evaluator)
-        figures = self.results["classification"]
-        logger.info("%s: %s", self.data.test.name, ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        """:meth:`Evaluating.figures` of :attr:`network`, which become :attr:`results`. Collective."""
+        self.results = self.evaluating.figures(self.network, evaluator)
         return self.results
-
-    def _new_evaluator(self) -> LogitsEvaluator:
-        expected, classes = len(self.data.test), len(self.data.classes)  # type: ignore[arg-type]
-        if self.model.multi_label:
-            return MultiLabelEvaluator(expected, classes, self.model.thresholds)
-        return ClassificationEvaluator(expected, classes)
 
     def tune_thresholds(self) -> dict[str, Any]:
         """Give the network the thresholds that do best on DATASETS.TEST; the figures with them there. Collective."""
@@ -204,57 +313,66 @@ class Run:
         self.model.thresholds = tuple(tuner.thresholds.tolist())
         return results
 
-    def class_table(self) -> str:
-        """The figures of the single classes in the latest evaluation, to read; empty before one."""
-        return per_class_text(self.data.classes, self._evaluator.per_class) if self._evaluator else ""
-
-    def write_class_tables(self, folder: Path) -> None:
-        """The same as CSV files, with the confusion matrix."""
-        if self._evaluator is not None:
-            confusion = getattr(self._evaluator, "confusion", None)
-            write_tables(folder, self.data.classes, self._evaluator.per_class, confusion)
-
     def _evaluate_at(self, iteration: int) -> bool:
-        figures = self.evaluate()["classification"]
+        if not self.evaluate():
+            return False
+        figures = self.results["classification"]
         storage: EventStorage = get_event_storage()
         storage.put_scalars(**{f"classification/{k}": v for k, v in figures.items()}, smoothing_hint=False)
         metric = self.cfg.TEST.METRIC
-        improved = self._improved(metric, figures[metric])
+        improved = is_better(metric, figures[metric], self.best)
         if isinstance(self.step.schedule, PlateauMultiplier):
             self.step.schedule.evaluated(-figures[metric] if metric in COSTS else figures[metric])
             apply_current(self.step.schedule)
+        self.early_stop.evaluated(figures[metric], iteration)
+        if self.early_stop.over and iteration + 1 < self.max_iter:
+            logger.info("%s; the run ends after iteration %d", self.early_stop.told(), iteration)
+            self.max_iter = iteration + 1
         if iteration + 1 == self.max_iter:
-            logger.info("classes:\n%s", self.class_table())
+            logger.info("classes:\n%s", self.evaluating.class_table())
         if improved:
             self.best = {"metric": metric, "value": figures[metric], "iteration": iteration}
         return improved
 
-    def _improved(self, metric: str, value: float) -> bool:
-        # What is no number never is the best; a run that is resumed with another metric starts its best anew.
-        if math.isnan(value) or self.best.get("metric") != metric:
-            return not math.isnan(value)
-        return value < self.best["value"] if metric in COSTS else value > self.best["value"]
+    def _save(self, iteration: int, saving: bool, improved: bool, *, must: bool = False) -> None:
+        """Write what is due; must: no later iteration can make up for it. Collective.
 
-    def _save(self, iteration: int, saving: bool, improved: bool) -> None:
-        if self.evaluation_due(iteration):
-            self.write_class_tables(self._folder)
-        if saving or improved:
-            last = iteration + 1 == self.max_iter
-            self._saving.save(self.checkpoint(iteration), saving=saving, last=last, best=improved)
+        What rank 0 writes was brought together before.
+        """
+        needed = saving or improved or self.saving.due_again(iteration)
+        content = self.checkpoint(iteration) if needed else {}
+        write = partial(self._write_files, content, iteration, saving=saving, best=improved, must=must)
+        self.saving.note(iteration, first_rank_does(write))
+
+    def _write_files(self, content: dict[str, Any], iteration: int, **what: bool) -> bool:
+        """On rank 0; whether something is owing for want of room."""
+        if self.evaluation_due(iteration) and not self.owed:
+            self.evaluating.try_to_write_class_tables(self._folder)
+        last = iteration + 1 == self.max_iter and not self.owed
+        return self.saving.save(content, last=last, **what) if content else self.saving.owing
 
     def _metrics_at(self, iteration: int) -> dict[str, float]:
         """The figures of exactly these weights; nothing when they were not evaluated."""
         return dict(self.results["classification"]) if self.results and self.evaluation_due(iteration) else {}
 
     def checkpoint(self, iteration: int) -> dict[str, Any]:
-        """Everything a later process needs: plain Python values and tensors, loadable with ``weights_only``."""
+        """Everything a later process needs: plain Python values and tensors, loadable with ``weights_only``.
+
+        Collective; whole on rank 0.
+        """
+        self._gather()
         return {
             "model": self.network.state_dict(),
             **({} if self.network is self.model else {"live": self.model.state_dict()}),
             **self.step.state_dict(),
             "iteration": iteration,
             "best": self.best,
+            "early_stop": self.early_stop.state_dict(),
             "metrics": self._metrics_at(iteration),
+            "evaluation_due": self.owed,
+            "statistics_of_ranks": self._statistics,
+            "config": self._config,
+            "images": len(self.data.train) if self.data.train is not None else 0,
             "seed": self.cfg.SEED,
             "classes": list(self.data.classes),
             "contract": self.model.contract.to_dict(),

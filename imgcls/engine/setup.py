@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 
-from imgcls.checkpoint import Resume, checkpoint_to_resume, continues, read_checkpoint
+from imgcls.checkpoint import Resume, checkpoint_to_resume, continues, read_checkpoint, require_state
 from imgcls.config import register_check, require_sound, resolve_durations
 from imgcls.data import HoldOut, Source, open_sources
-from imgcls.data.loaders import is_worker_end
-from imgcls.engine.distributed import first_rank_does
+from imgcls.data.workers import is_worker_end
+from imgcls.engine.changes import require_resumable, with_what_was_decided
+from imgcls.engine.cpu_settings import decide_cpu_settings
+from imgcls.engine.distributed import fault_of_another, first_rank_does
 from imgcls.engine.labels import decide_labels
+from imgcls.engine.log_file import LogFile, quiet_where_full
+from imgcls.engine.memory import is_out_of_memory
 from imgcls.engine.output_dir import claim
+from imgcls.engine.precision import set_float32_precision
+from imgcls.engine.provenance import command, describe
+from imgcls.engine.teacher import require_teacher
 from imgcls.modeling import is_classifier
 from imgcls.solver import scale_learning_rate
 from imgcls.structures import Problem
@@ -49,6 +54,8 @@ def finalize(cfg: CfgNode, *, eval_only: bool = False) -> tuple[CfgNode, Data]:
         for source in filter(None, (data.train, data.test)):
             source.check_files()
     decide(cfg, data)
+    if data.train is not None:
+        require_teacher(cfg, data.classes)
     return cfg, data
 
 
@@ -65,11 +72,12 @@ def sound(cfg: CfgNode) -> CfgNode:
 
 
 def decide(cfg: CfgNode, data: Data) -> None:
-    """Decide, in place, what depends on the data: classes, what their labels ask for, lengths in iterations."""
+    """Decide, in place, what depends on the data: classes, what labels ask for, lengths; and precision on CPUs."""
     _decide_classes(cfg, data)
     decide_labels(cfg, data.train, data.test)
     if data.train is not None:
         resolve_durations(cfg, len(data.train))
+        decide_cpu_settings(cfg)
 
 
 def setup(cfg: CfgNode, *, resume: Resume = False, eval_only: bool = False) -> tuple[CfgNode, Data]:
@@ -77,49 +85,54 @@ def setup(cfg: CfgNode, *, resume: Resume = False, eval_only: bool = False) -> t
 
     resume: whether the run is to go on from a checkpoint, or from which one; a named one is examined here.
     """
-    if not isinstance(resume, bool) or (resume and cfg.SEED < 0):
-        cfg = _with_seed_of_checkpoint(cfg, resume)
-    cfg, data = finalize(cfg, eval_only=eval_only)
+    checkpoint = None if eval_only else checkpoint_to_resume(resume, Path(cfg.OUTPUT_DIR))
+    # Only looked at here, before anything is touched; Run.start takes it over.
+    content = read_checkpoint(checkpoint, mmap=True, check_digest=False) if checkpoint else {}
+    if checkpoint:
+        require_state(content, checkpoint)
+    cfg, data = finalize(with_what_was_decided(cfg, content), eval_only=eval_only)
     if eval_only:
         start_log("")
     else:
+        changes = require_resumable(cfg, content, checkpoint, images=len(data.train or ())) if checkpoint else []
         first_rank_does(lambda: claim(cfg.OUTPUT_DIR, resume=continues(resume, Path(cfg.OUTPUT_DIR))))
         start_log(cfg.OUTPUT_DIR)
-        first_rank_does(lambda: describe(cfg))
+        start = int(content["iteration"]) + 1 if checkpoint else 0
+        first_rank_does(lambda: describe(cfg, start, notes="".join(f"changed {change}\n" for change in changes)))
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-    logger.info("command: %s", " ".join(sys.argv))
+    set_float32_precision(cfg)
+    logger.info("command: %s", command())
     logger.info("seed %d, %d ranks on %s", cfg.SEED, comm.get_world_size(), cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg, data
-
-
-def _with_seed_of_checkpoint(cfg: CfgNode, resume: Resume) -> CfgNode:
-    """A run that chose its seed goes on with it, or its samples would come in another order."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    checkpoint = checkpoint_to_resume(resume, Path(cfg.OUTPUT_DIR))
-    if checkpoint is not None and cfg.SEED < 0:
-        cfg.SEED = int(read_checkpoint(checkpoint, check_digest=False).get("seed", cfg.SEED))
-    return cfg
 
 
 def start_log(folder: str) -> None:
     """Log to the console, and to ``folder/log.txt`` unless ``folder`` is empty, for imgcls, detectron2 and fvcore."""
     # detectron2 adds handlers for every new folder: the second run of a process would print each line twice.
     setup_logger.cache_clear()
+    rank = comm.get_rank()
+    file = LogFile(Path(folder) / (f"log.txt.rank{rank}" if rank else "log.txt")) if folder else None
     for name in ("fvcore", "detectron2", "imgcls"):
         for handler in logging.getLogger(name).handlers[:]:
             logging.getLogger(name).removeHandler(handler)
             handler.close()
-        setup_logger(folder or None, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
+        console = setup_logger(distributed_rank=rank, name=name, abbrev_name=name)
+        for handler in console.handlers:
+            quiet_where_full(handler)
+        if file is not None:
+            console.addHandler(file)
     logging.getLogger("detectron2.engine.train_loop").addFilter(_not_a_user_error)
 
 
 def _not_a_user_error(record: logging.LogRecord) -> bool:
     # detectron2's loop logs a traceback of whatever ends it; the command says a user error in one line itself.
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or not (isinstance(error, (ValueError, OSError)) or is_worker_end(error))
+    if error is None:
+        return True
+    is_user_error = isinstance(error, (ValueError, OSError))
+    return not (is_user_error or is_worker_end(error) or is_out_of_memory(error) or fault_of_another(error))
 
 
 def decide_device(cfg: CfgNode) -> None:
@@ -171,13 +184,6 @@ def _decide_classes(cfg: CfgNode, data: Data) -> None:
         allowed = f"0 (count them) or {len(data.classes)}, the classes of {source}"
         raise Problem("the number of classes is not the data's", stated, allowed, "MODEL.HEAD.NUM_CLASSES").error()
     cfg.MODEL.HEAD.NUM_CLASSES = len(data.classes)
-
-
-def describe(cfg: CfgNode) -> None:
-    """Write config.yaml and environment.txt into OUTPUT_DIR."""
-    folder = Path(cfg.OUTPUT_DIR)
-    (folder / "config.yaml").write_text(cfg.dump())
-    (folder / "environment.txt").write_text(collect_env_info() + "\n")
 
 
 @register_check

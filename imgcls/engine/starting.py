@@ -13,12 +13,15 @@ from imgcls.checkpoint import (
     BEST,
     Resume,
     checkpoint_to_resume,
+    iteration_of,
     load_weights,
     read_checkpoint,
     require_state,
     set_aside_newer,
 )
+from imgcls.engine.changes import best_stays, require_resumable, tell
 from imgcls.engine.distributed import first_rank_does
+from imgcls.engine.rank_statistics import take_own_statistics
 from imgcls.modeling import Trunk, fit_to_input
 from imgcls.structures import LoadReport, PreprocessingContract
 
@@ -36,8 +39,11 @@ def start(run: Run, resume: Resume) -> None:
         resume_from(run, checkpoint)
         if not isinstance(resume, bool):
             first_rank_does(partial(set_aside_newer, checkpoint, folder))
-            # What the record speaks of may lie in another folder, or belong to the course that was left.
-            run.best = run.best if (folder / BEST).is_file() else {}
+        # What the record speaks of may lie in another folder, belong to the course that was left, or never have been
+        # written for want of room.
+        kept = iteration_of(folder / BEST) if (folder / BEST).is_file() else -1
+        run.best = run.best if run.best and kept >= run.best["iteration"] else {}
+        first_rank_does(partial(run.saving.tidy, checkpoint))
         return
     if resume:
         logger.warning("--resume: %s has no checkpoint, starting at iteration 0", folder)
@@ -81,18 +87,29 @@ def resume_from(run: Run, path: Path) -> None:
     content = read_checkpoint(path, check_digest=False)
     require_state(content, path)
     _require_same_classes(run, content, str(path))
+    images = len(run.data.train) if run.data.train is not None else 0
+    changes = require_resumable(run.cfg, content, path, images=images)
     _require_same_contract(run, content, str(path))
     # Where an average is kept, "model" is the average: what was evaluated, and what is handed over.
     load_weights(run.model, content.get("live", content["model"])).require_complete(
         str(path), "--resume needs the config that the run began with (config.yaml in its OUTPUT_DIR)"
     )
     run.step.load_state_dict(content)
-    if run.step.ema is not None and "live" in content:
-        run.step.ema.load_state_dict(content["model"], content["ema_updates"])
-    run.best = dict(content["best"])
+    if run.step.average is not None and "live" in content:
+        run.step.average.load_state_dict(content["model"], content["average_updates"])
+    take_own_statistics(run.networks, content.get("statistics_of_ranks", ()))
     run.start_iter = int(content["iteration"]) + 1
+    tell(changes, run.start_iter)
+    run.best = dict(content["best"]) if best_stays(changes) else {}
+    run.owed = dict(content.get("evaluation_due", {}))
+    run.freezing.follow(run.step, run.start_iter)
+    run.early_stop.load_state_dict(content.get("early_stop", {}))
     logger.info("resuming from %s at iteration %d of %d", path, run.start_iter, run.max_iter)
-    if run.start_iter >= run.max_iter:
+    if run.early_stop.over and run.start_iter < run.max_iter:
+        run.max_iter = run.start_iter
+        why = run.early_stop.told()
+        logger.warning("nothing is left to train: %s; a larger SOLVER.EARLY_STOP.PATIENCE goes on", why)
+    elif run.start_iter >= run.max_iter and not run.owed:
         logger.warning(
             "nothing is left to train: %s has done %d iterations, SOLVER.MAX_ITER is %d",
             path.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imgcls.data import Mixing, mix
-from imgcls.solver import Ema, clip_gradients
+from imgcls.engine.sharding import gathered, is_sharded, own_share, scattered, without_averaging
+from imgcls.solver import Average, build_average, clip_gradients
+from imgcls.solver.optimizer_state import fitted_state, names_by_number
 from imgcls.solver.schedules import apply_current
 from imgcls.structures import Batch
 
@@ -33,7 +36,12 @@ def seed_iteration(seed: int, iteration: int, micro: int = 0) -> None:
     micro: number of the micro-batch. Without the 0, so that the first draws the same whatever follows.
     """
     counters = (iteration, comm.get_rank(), micro) if micro else (iteration, comm.get_rank())
-    torch.manual_seed(mix(seed, *counters))
+    number = mix(seed, *counters)
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        torch.manual_seed(number)
+    else:
+        # It is all there is to seed; the function above spends a tenth of a millisecond on devices that are not there.
+        torch.default_generator.manual_seed(number)
 
 
 class TrainStep:
@@ -45,7 +53,7 @@ class TrainStep:
     clip: called with the parameters when their gradients are complete and unscaled.
     mixing: Mixup and CutMix; None: batches stay as they come. It draws first, from the same seed as dropout.
     accumulate: micro-batches that a batch is cut into; their gradients add up to those of the mean loss.
-    ema: takes the weights in after each update; None: there is none.
+    average: takes the weights in after the updates; None: none is kept.
     most_skipped: steps to leave out for a loss or gradient that is not finite; one more is a ``ValueError``.
 
     Whether all numbers are finite is decided on the device, for all ranks. On a GPU, with an optimizer that can be told
@@ -65,20 +73,21 @@ class TrainStep:
         clip: Callable[[list[nn.Parameter]], None] | None = None,
         mixing: Mixing | None = None,
         accumulate: int = 1,
-        ema: Ema | None = None,
+        average: Average | None = None,
         most_skipped: int = 0,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.seed, self.amp_dtype, self.clip, self.mixing = seed, amp_dtype, clip, mixing
-        self.accumulate, self.ema, self.most_skipped = accumulate, ema, most_skipped
+        self.accumulate, self.average, self.most_skipped = accumulate, average, most_skipped
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
         self.last_lr = 0.0  # of the first parameter group, in the step that was taken last
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype is torch.float16)
         self.signal = self.agreed_signal = 0
-        # The scaler reads its own verdict at once in any case.
-        self.late = self.device.type == "cuda" and can_be_masked(optimizer) and not self.scaler.is_enabled()
+        # The scaler reads its own verdict at once in any case; weights that are cut up were not tried masked.
+        reads_at_once = self.scaler.is_enabled() or is_sharded(model)
+        self.late = self.device.type == "cuda" and can_be_masked(optimizer) and not reads_at_once
         self._unsettled: _Unsettled | None = None
         # Running statistics, which a forward pass changes before anybody can know that its loss is not finite.
         self._buffers = list(model.buffers())
@@ -98,7 +107,7 @@ class TrainStep:
             clip=lambda parameters: clip_gradients(cfg, parameters),
             mixing=Mixing.from_cfg(cfg),
             accumulate=cfg.SOLVER.ACCUMULATE,
-            ema=Ema.from_cfg(cfg, unwrapped(model)),
+            average=build_average(cfg, unwrapped(model)),
             most_skipped=cfg.SOLVER.NON_FINITE_MOST if cfg.SOLVER.NON_FINITE == "skip" else 0,
         )
 
@@ -139,8 +148,8 @@ class TrainStep:
         else:
             if not step.masked:
                 self._update()
-            if self.ema is not None:
-                self.ema.update(unwrapped(self.model))
+            if self.average is not None:
+                self.average.update(unwrapped(self.model), step.iteration)
         self._advance_schedule()
 
     def gradients(self, batch: Samples, iteration: int) -> dict[str, Tensor]:
@@ -165,6 +174,19 @@ class TrainStep:
             self.scaler.unscale_(self.optimizer)
         return sums
 
+    def rewrap(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Give the network another wrapper, which ``wrap`` makes. Collective.
+
+        The parameters and the optimizer stay: what gets no gradient takes no step.
+        """
+        self.settle()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = unwrapped(self.model)
+            # The old one lies in reference cycles; until it is gone, its hooks hang on the parameters.
+            gc.collect()
+        self.model = wrap(self.model)
+
     def _update(self, bad: Tensor | None = None) -> None:
         """Take the step. bad: a number on the device; where it is not 0 the optimizer changes nothing."""
         if self.clip is not None:
@@ -178,9 +200,11 @@ class TrainStep:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return own_share(parameter.grad for parameter in self.parameters if parameter.grad is not None)
 
     def _without_averaging(self) -> AbstractContextManager[None]:
+        if is_sharded(self.model):
+            return without_averaging(self.model)
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _advance_schedule(self) -> None:
@@ -214,16 +238,20 @@ class TrainStep:
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, schedule, scaler, the count of steps left out, and the average's count of updates."""
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gathered(self.optimizer.state_dict()),
+            "optimizer_names": names_by_number(self.optimizer, unwrapped(self.model)),
             "scheduler": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
-            "ema_updates": self.ema.updates if self.ema else 0,
+            "average_updates": self.average.updates if self.average else 0,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["scheduler"])
+        names = names_by_number(self.optimizer, unwrapped(self.model))
+        fitted = fitted_state(self.optimizer, names, state["optimizer"], state.get("optimizer_names"))
+        self.optimizer.load_state_dict(scattered(fitted, self.optimizer))
+        # Only its place in the run: the rates are the config's.
+        self.schedule.load_state_dict({**state["scheduler"], "base_lrs": self.schedule.base_lrs})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.skipped = state.get("skipped", 0)
@@ -263,13 +291,23 @@ def verdict(losses: dict[str, Tensor], gradients: Sequence[Tensor], signal: int 
     """
     values = list(losses.values())
     if gradients:
-        # The largest magnitude of all: a sum of squares could overflow where every gradient is finite.
-        values.append(nn.utils.get_total_norm(gradients, float("inf")))
+        values.append(_norm(gradients))
     bad = (~torch.stack([value.float() for value in values]).isfinite()).any().float()
     found = torch.stack([bad, bad.new_full((), signal)])
     if comm.get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return found
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """A norm of all gradients, finite exactly where each of them is."""
+    if all(gradient.device.type == "cpu" for gradient in gradients):
+        # On CPUs torch finds the largest magnitude 20 times more slowly than the root of the sum of squares.
+        norm = nn.utils.get_total_norm(gradients)
+        if norm.isfinite():
+            return norm
+    # The largest magnitude: a sum of squares may overflow where every gradient is finite.
+    return nn.utils.get_total_norm(gradients, float("inf"))
 
 
 def _on_its_way(found: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from detectron2.utils import comm
 from imgcls.engine.distributed import first_rank_does
 from imgcls.engine.output_dir import mend_lines
 from imgcls.engine.step import sample_ids
+from imgcls.engine.whole_lines import WholeLines
+
+logger = logging.getLogger(__name__)
 
 _BEGINS = '{"iteration": '
 
@@ -23,14 +29,25 @@ class Trace:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._failing = path, False
 
     def write(self, iteration: int, batch: Any) -> None:
         """Add the line of ``iteration``; the file is whole after each. Collective."""
         ids = comm.gather(sample_ids(batch))
         if comm.is_main_process():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": iteration, "ids": ids}) + "\n")
+            try:
+                self._append(json.dumps({"iteration": iteration, "ids": ids}) + "\n")
+            except OSError as error:
+                if not self._failing:
+                    logger.warning("%s lacks iterations from %d on, training goes on: %s", self.path, iteration, error)
+                self._failing = True
+
+    def _append(self, line: str) -> None:
+        with closing(WholeLines(self.path)) as file:
+            file.write(line)
+            # As detectron2 does with metrics.json: nobody writes the lines before a checkpoint again.
+            os.fsync(file.fileno())
+        self._failing = False
 
 
 def open_trace(path: str, start: int) -> Trace | None:

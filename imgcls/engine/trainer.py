@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
@@ -28,7 +29,7 @@ class ClsTrainer(DefaultTrainer):
         if data is None:
             cfg, data = finalize(cfg)
         self.cfg = cfg
-        self.run = Run(cfg, data)
+        self.run = self.build_run(cfg, data)
         self.start_iter, self.max_iter = 0, self.run.max_iter
         self._trainer = _Stepper(self.run)
         self.checkpointer = _RunCheckpointer(self.run)
@@ -48,15 +49,20 @@ class ClsTrainer(DefaultTrainer):
         self.run.start(resume=resume)
         self.start_iter = self.iter = self.run.start_iter
 
+    def build_run(self, cfg: CfgNode, data: Data) -> Run:
+        """Override it for a Run of your own."""
+        return Run(cfg, data)
+
     def build_hooks(self) -> list[HookBase]:
-        return [_FinishIteration(), _LateWriter(self.build_writers)]
+        return [_FinishIteration(self.build_writers)]
 
     def build_writers(self) -> list[EventWriter]:
         return self.run.writers()
 
     def train(self) -> dict[str, Any]:
         """Train and return the last results; TEST.EXPECTED_RESULTS is judged by the command that calls this."""
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        with suppress(_EndedEarly):
+            TrainerBase.train(self, self.start_iter, self.run.max_iter)
         self._trainer.end()
         self._last_eval_results = self.run.results or self.run.evaluate()
         return self._last_eval_results
@@ -89,6 +95,7 @@ class _Stepper:
     def end(self) -> None:
         """Let the loader see that nothing follows: it ends its workers and counts what could not be read."""
         next(self._batches or iter(()), None)
+        self._batches = None
 
 
 class _RunCheckpointer(SafeCheckpointer):
@@ -100,39 +107,41 @@ class _RunCheckpointer(SafeCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         self._run.step.settle()
+        iteration = int(kwargs.pop("iteration", get_event_storage().iter))
+        content = {**kwargs, **self._run.checkpoint(iteration)}
         if self.save_to_disk:
-            iteration = int(kwargs.pop("iteration", get_event_storage().iter))
-            content = {**kwargs, **self._run.checkpoint(iteration)}
             write_checkpoint(Path(self.save_dir) / f"{name}.pth", content, iteration=iteration, newest=True)
 
 
-class _FinishIteration(HookBase):
-    """Evaluation and checkpoints.
+class _EndedEarly(BaseException):
+    """Leaves detectron2's loop between two iterations; no ``Exception``, which that loop would report as a failure."""
 
-    detectron2's EvalHook, PeriodicCheckpointer and BestCheckpointer save before they evaluate, write the final file
-    before the final evaluation, and forget the best value on resume.
+
+class _FinishIteration(HookBase):
+    """Evaluation, the line of progress and checkpoints, and the end of a run that stops early.
+
+    detectron2's EvalHook, PeriodicWriter, PeriodicCheckpointer and BestCheckpointer save before they evaluate and
+    before the line is written, write the final file before the final evaluation, and forget the best value on resume.
+
+    build: makes the writers when training starts; only then is it known where metrics.json goes on.
     """
 
-    def after_step(self) -> None:
-        self.trainer.run.finish_iteration(self.trainer.iter)
-
-
-class _LateWriter(hooks.PeriodicWriter):
-    """PeriodicWriter whose writers are made when training starts: only then is it known where metrics.json goes on."""
-
     def __init__(self, build: Callable[[], list[EventWriter]]) -> None:
-        super().__init__([])
         self._build = build
+        self._writers: list[EventWriter] = []
 
     def before_train(self) -> None:
         self._writers = self._build()
+        self.trainer.run.catch_up(self._writers)
+
+    def before_step(self) -> None:
+        if self.trainer.iter >= self.trainer.run.max_iter:
+            raise _EndedEarly
 
     def after_step(self) -> None:
-        if self.trainer.run.write_due(self.trainer.iter):
-            for writer in self._writers:
-                writer.write()
+        self.trainer.run.finish_iteration(self.trainer.iter, self._writers)
+        self.trainer.max_iter = self.trainer.run.max_iter  # which other hooks look at
 
     def after_train(self) -> None:
-        # detectron2 writes once more here, for an iteration that was never made.
         for writer in self._writers:
             writer.close()

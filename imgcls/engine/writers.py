@@ -6,21 +6,29 @@ not end a training.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 
 from imgcls.engine.trackers import TRACKERS
+from imgcls.engine.whole_lines import WaitingLines
 
 logger = logging.getLogger(__name__)
 
+_LEAST_ROOM = 1 << 20  # bytes that a disk has free before another file for TensorBoard is begun on it
 _WINDOW = 20  # iterations that the rates on the line of progress speak of
 
 
@@ -112,15 +120,64 @@ class Tolerant(EventWriter):
                 logger.warning("the end of %s is missing: %s", self._name, error or type(error).__name__)
 
 
+class Metrics(JSONWriter):
+    """``metrics.json``, of which every line can be parsed at any moment, on a full disk too."""
+
+    _file_handle: Any
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._file_handle.close()
+        self._file_handle = WaitingLines(path)
+
+
+class EventFiles(TensorboardXWriter):
+    """TensorBoard's files; after a failure another one is begun, for what writes one ends with its first error."""
+
+    def write(self) -> None:
+        try:
+            if "_writer" not in self.__dict__ and shutil.disk_usage(self._writer_args["log_dir"]).free < _LEAST_ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().write()
+        except Exception:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        writer = self.__dict__.pop("_writer", None)
+        with suppress(Exception):
+            if writer is not None:
+                writer.close()
+
+
+def _without_tensorboards(tell: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """``tell``, a hook for errors in threads, without those of TensorBoard's, which :class:`Tolerant` tells."""
+
+    def hook(fault: Any) -> None:
+        if not type(fault.thread).__module__.startswith("tensorboard."):
+            tell(fault)
+
+    return hook
+
+
+def scalars_at(iteration: int) -> dict[str, list[float | bool]]:
+    """What the event storage has of ``iteration``: value and whether writers are to smooth it, by name."""
+    storage = get_event_storage()
+    hints = storage.smoothing_hints()
+    return {name: [float(value), hints[name]] for name, (value, at) in storage.latest().items() if at == iteration}
+
+
 def build_writers(cfg: CfgNode, num_images: int) -> list[EventWriter]:
     """Progress on the console, ``metrics.json`` (a JSON object a line) and what ``SOLVER.WRITERS`` names."""
     folder = Path(cfg.OUTPUT_DIR)
+    if threading.excepthook.__module__ != __name__:
+        threading.excepthook = _without_tensorboards(threading.excepthook)
     makers: dict[str, Callable[[], EventWriter]] = {
-        "tensorboard": lambda: TensorboardXWriter(str(folder)),
+        "tensorboard": lambda: EventFiles(str(folder)),
         **{name: tracker.of_run(cfg) for name, tracker in TRACKERS.items()},
     }
     return [
         ProgressLine(cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, num_images),
-        Tolerant("metrics.json", lambda: JSONWriter(str(folder / "metrics.json"))),
+        Tolerant("metrics.json", lambda: Metrics(folder / "metrics.json")),
         *(Tolerant(name, makers[name]) for name in cfg.SOLVER.WRITERS),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -165,8 +165,15 @@ def _targets(inputs: Batch | list[dict[str, Any]]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable[Any], evaluator: DatasetEvaluator) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    evaluator: DatasetEvaluator,
+    leave: Callable[[], object] | None = None,
+) -> dict[str, Any]:
     """Run ``model`` in eval mode over ``loader``; the mode it was in comes back. Collective.
+
+    leave: asked after each batch; where it says yes the rest is left out, and on any rank it makes the result empty.
 
     detectron2's ``inference_on_dataset`` does the same with a progress log; this one does not need ``len(loader)`` and
     leaves the result on every rank, so that all of them agree on the best checkpoint.
@@ -175,8 +182,14 @@ def evaluate(model: nn.Module, loader: Iterable[Any], evaluator: DatasetEvaluato
     model.eval()
     try:
         evaluator.reset()
+        left = False
         for batch in loader:
             evaluator.process(batch, model(batch))
+            left = leave is not None and bool(leave())
+            if left:
+                break
+        if leave is not None and any(comm.all_gather(left)):
+            return {}
         # Images that a loader passed over because they cannot be read are not lost ones.
         evaluator.missing = getattr(loader, "left_out", 0)
         return evaluator.evaluate()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imgcls.modeling.backbone_base import Architecture, Trunk
 from imgcls.modeling.build import make_trunk
+from imgcls.modeling.distillation import Distillation
 from imgcls.modeling.heads import FAMILY_HEAD, make_head
 from imgcls.modeling.losses import CrossEntropy, build_loss
 from imgcls.modeling.spec import family_of
@@ -33,6 +34,8 @@ class ClsNet(nn.Module):
     # For type checkers: buffers are known to torch as "Tensor or Module".
     pixel_mean: Tensor
     pixel_scale: Tensor
+    # What stays in eval mode while the rest trains; a tuple of modules is no submodule.
+    frozen: tuple[nn.Module, ...] = ()
 
     @configurable
     def __init__(
@@ -57,6 +60,8 @@ class ClsNet(nn.Module):
         self.feature = list(backbone.output_shape())[-1]  # type: ignore[operator]
         self.auxiliary_weight = auxiliary_weight
         self.multi_label = multi_label
+        # Of a run that learns from a teacher; no module, and so in no state dict.
+        self.distillation: Distillation | None = None
         # Of several labels a picture: from which score on a class is predicted, one for each class or one for all.
         self.thresholds: tuple[float, ...] = (DEFAULT_THRESHOLD,)
         self.register_buffer("pixel_mean", _per_channel(contract.pixel_mean), persistent=False)
@@ -85,6 +90,13 @@ class ClsNet(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
+
+    def train(self, mode: bool = True) -> ClsNet:
+        """As in torch, but frozen modules stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def forward(self, inputs: Any, targets: Tensor | None = None, *, normalized: bool = False) -> Any:
         """Losses in training, predictions in evaluation.
@@ -136,11 +148,16 @@ class ClsNet(nn.Module):
 
     def _losses(self, images: Tensor | Sequence[Tensor], targets: Tensor, normalized: bool) -> dict[str, Tensor]:
         logits = self._all_logits(images, normalized)
-        losses: dict[str, Tensor] = self.loss(logits.pop(""), targets)
+        main = logits.pop("")
+        losses: dict[str, Tensor] = self.loss(main, targets)
         for name, values in logits.items():
             own = self.loss(values, targets)
             losses.update({f"{loss}_{name}": self.auxiliary_weight * value for loss, value in own.items()})
-        return losses
+        if self.distillation is None:
+            return losses
+        if normalized:
+            raise ValueError("a teacher normalises images itself: give the network images in 0..255 to train on")
+        return self.distillation(losses, main, images)
 
     def _all_logits(self, images: Tensor | Sequence[Tensor], normalized: bool) -> dict[str, Tensor]:
         """Logits of the head (under ""), and in training of each auxiliary head (under the name of its map)."""
@@ -179,17 +196,19 @@ def make_classifier(
     *,
     auxiliary: bool = False,
     drop_path: float = 0.0,
+    head: str = FAMILY_HEAD,
 ) -> ClsNet:
-    """The classifier of ``architecture`` without a config: random weights, the head of its paper, cross-entropy.
+    """The classifier of ``architecture`` without a config: random weights, cross-entropy.
 
+    head: as ``MODEL.HEAD.NAME``; by default that of its paper.
     auxiliary: with the auxiliary heads that its paper trains it with.
     """
     family = family_of(architecture.variant)
     taps = [*family.auxiliary, "res5"] if auxiliary and family.auxiliary else None
     trunk = make_trunk(architecture, in_channels=len(contract.pixel_mean), out_features=taps, drop_path=drop_path)
     row, shapes = family.variants[architecture.variant], trunk.output_shape()
-    head = make_head(FAMILY_HEAD, family, row, shapes, num_classes, norm=architecture.norm)
-    return ClsNet(backbone=trunk, head=head, loss=CrossEntropy(), contract=contract)
+    made = make_head(head, family, row, shapes, num_classes, norm=architecture.norm)
+    return ClsNet(backbone=trunk, head=made, loss=CrossEntropy(), contract=contract)
 
 
 def _head_over(backbone: nn.Module, node: CfgNode) -> nn.Module:

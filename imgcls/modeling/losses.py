@@ -129,18 +129,24 @@ class BCE(_Loss):
 
     pos_weights: factors of the terms of classes that are there, one a class.
     label_smoothing e: targets t become t (1 - e) + e / K, as for cross-entropy.
-    With class indices it is the loss of Wightman et al. 2021 (arXiv:2110.00476), section 3.
+    target_threshold: weights above it become 1 and the others 0 (before smoothing); 0: they stay weights. Of a picture
+        that Mixup or CutMix made of two classes both are then there, as in Wightman et al. 2021 (arXiv:2110.00476),
+        section 3.
     """
 
     pos_weights: Tensor | None
 
-    def __init__(self, label_smoothing: float = 0.0, pos_weights: Sequence[float] = ()) -> None:
+    def __init__(
+        self, label_smoothing: float = 0.0, pos_weights: Sequence[float] = (), target_threshold: float = 0.0
+    ) -> None:
         super().__init__()
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.target_threshold = label_smoothing, target_threshold
         self.keep("pos_weights", pos_weights)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         targets = _over_classes(targets, logits)
+        if self.target_threshold:
+            targets = (targets > self.target_threshold).to(targets.dtype)
         if self.label_smoothing:
             targets = targets * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
         weight = None if self.pos_weights is None else self.pos_weights.to(logits.dtype)

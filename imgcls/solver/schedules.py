@@ -48,9 +48,13 @@ def schedule_of(cfg: CfgNode) -> ParamScheduler:
     node = cfg.SOLVER
     scheduler = SCHEDULES[node.LR_SCHEDULER_NAME](node)
     warmup = min(node.WARMUP_ITERS / node.MAX_ITER, 1.0)
-    if node.LR_SCHEDULER_NAME == ONE_CYCLE:
-        return scheduler
-    return WarmupParamScheduler(scheduler, node.WARMUP_FACTOR, warmup, node.WARMUP_METHOD, node.RESCALE_INTERVAL)
+    if node.LR_SCHEDULER_NAME != ONE_CYCLE:
+        scheduler = WarmupParamScheduler(
+            scheduler, node.WARMUP_FACTOR, warmup, node.WARMUP_METHOD, node.RESCALE_INTERVAL
+        )
+    if node.SWA.ENABLED and node.SWA.LR and node.BASE_LR:
+        scheduler = GoesOver(scheduler, node.SWA.START, node.SWA.LR / node.BASE_LR, node.SWA.ANNEAL)
+    return scheduler
 
 
 class StepDecay(ParamScheduler):
@@ -92,6 +96,23 @@ class CosineRestarts(ParamScheduler):
             length = self.lengths[-1]
         inside = min(max((where - start) / length, 0.0), 1.0)
         return self.end + (1.0 - self.end) * (1.0 + cos(pi * inside)) / 2
+
+
+class GoesOver(ParamScheduler):
+    """Another schedule up to ``start``, then from what it gives there to ``end`` within ``over``, as a cosine.
+
+    All shares of the run. What torch's ``SWALR`` does by epochs.
+    """
+
+    def __init__(self, before: ParamScheduler, start: float, end: float, over: float) -> None:
+        self.before, self.start, self.end, self.over = before, start, end, over
+
+    def __call__(self, where: float) -> float:
+        if where + self.WHERE_EPSILON < self.start:
+            return self.before(where)
+        done = min((where - self.start) / self.over, 1.0) if self.over else 1.0
+        share = (1.0 - cos(pi * max(done, 0.0))) / 2
+        return self.end * share + self.before(self.start) * (1.0 - share)
 
 
 def _end(node: CfgNode) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from imgcls.data.inspection.findings import NOTE, SERIOUS, WARNING, Finding
-from imgcls.data.loaders import SHARED_MEMORY
+from imgcls.data.workers import SHARED_MEMORY
 
 PREFETCHED = 2  # batches that a worker of torch's DataLoader prepares ahead
 FILES = 1024  # open files that workers, logs and checkpoints surely find enough
