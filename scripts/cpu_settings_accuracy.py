@@ -19,12 +19,14 @@ SETTINGS = ("off", "auto")
 def main() -> None:
     """Print a row for each setting: the figure of each seed, their mean, and the time of training."""
     parser = argparse.ArgumentParser(description="Compare accuracy with and without the settings for the CPU.")
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a classifier's YAML")
+    parser.add_argument(
+        "--config-file", nargs="+", required=True, metavar="FILE", help="a classifier's YAML, or several"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="for the runs; must not be there yet")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument("--metric", default="top1", help="of the last evaluation")
     args = parser.parse_args()
-    print(f"{args.config_file}: {args.metric} by seed")
+    print(f"{' '.join(args.config_file)}: {args.metric} by seed")
     print(f"{'SOLVER.CPU_SETTINGS':20}" + "".join(f"{seed:>8}" for seed in range(args.seeds)) + "    mean   minutes")
     for setting in SETTINGS:
         start = time.perf_counter()
@@ -34,11 +36,11 @@ def main() -> None:
         print(f"{setting:20}{figures}{statistics.mean(found):8.2f}{minutes:10.1f}", flush=True)
 
 
-def trained(config: str, setting: str, seed: int, folder: Path, metric: str) -> float:
+def trained(configs: list[str], setting: str, seed: int, folder: Path, metric: str) -> float:
     """The figure that a training ends with."""
     output = folder / f"{setting}_{seed}"
     tool = Path(__file__).resolve().parents[1] / "tools/train_net.py"
-    words = [tool, "--config-file", config, "--output", output, "SOLVER.CPU_SETTINGS", setting, "SEED", seed]
+    words = [tool, "--config-file", *configs, "--output", output, "SOLVER.CPU_SETTINGS", setting, "SEED", seed]
     # What the file expects was measured with one of the two settings.
     done = subprocess.run(
         [sys.executable, *map(str, words), "TEST.EXPECTED_RESULTS", "[]"], capture_output=True, text=True
