@@ -140,7 +140,8 @@ def get(site: Site, target: Path, digest: str = SHA256, path: str = "/file.bin",
     return fetch(site.base + path, target, digest, context=site.trusting, **options)
 
 
-def refused(site: Site, tmp_path: Path, match: str, path: str = "/file.bin", digest: str = SHA256) -> None:
+def assert_refused(site: Site, tmp_path: Path, match: str, path: str = "/file.bin", digest: str = SHA256) -> None:
+    """The error has these words, and nothing is left where the file should have come."""
     with pytest.raises(FetchError, match=match):
         get(site, tmp_path / "sub" / "file.bin", digest, path)
     assert os.listdir(tmp_path / "sub") == []
@@ -180,7 +181,7 @@ def test_without_a_length_the_digest_decides(site: Site, tmp_path: Path) -> None
     site.answers["/file.bin"] = body(CONTENT, length=-1)
     assert get(site, tmp_path / "file.bin")
     site.answers["/file.bin"] = body(CONTENT[:-1], length=-1)
-    refused(site, tmp_path, "is not the file that it should be: 299999 bytes")
+    assert_refused(site, tmp_path, "is not the file that it should be: 299999 bytes")
 
 
 def test_redirects_within_https(site: Site, tmp_path: Path) -> None:
@@ -218,13 +219,14 @@ def test_a_redirect_away_from_https(scheme: str, site: Site, tmp_path: Path) -> 
     (tmp_path / "x").write_bytes(CONTENT)
     place = f"file://{tmp_path}/x" if scheme == "file" else f"{scheme}://127.0.0.1:{site.server.server_port}/file.bin"
     site.answers["/old"] = to(place)
-    refused(site, tmp_path, rf"{scheme}://.* is not (fetched: allowed is https:// only|allowed)", "/old")
+    assert_refused(site, tmp_path, rf"{scheme}://.* is not (fetched: allowed is https:// only|allowed)", "/old")
     assert [path for path, _ in site.requests] == ["/old"]
 
 
 def test_redirects_without_end(site: Site, tmp_path: Path) -> None:
     site.answers["/loop"] = to("/loop")
-    refused(site, tmp_path, "/loop: the server answers 302", "/loop")
+    assert_refused(site, tmp_path, "/loop: the server answers 302", "/loop")
+    assert 1 < len(site.requests) < 20 and {path for path, _ in site.requests} == {"/loop"}
 
 
 def test_a_certificate_that_nobody_vouches_for(site: Site, tmp_path: Path) -> None:
@@ -236,36 +238,40 @@ def test_a_certificate_that_nobody_vouches_for(site: Site, tmp_path: Path) -> No
 def test_wrong_bytes_of_the_right_length(site: Site, tmp_path: Path) -> None:
     site.answers["/file.bin"] = body(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
     for digest in (SHA256, MD5):
-        refused(
+        assert_refused(
             site, tmp_path, rf"what {site.base}/file\.bin sent is not the file that .* expected {digest}", digest=digest
         )
+    assert [asked for _, asked in site.requests] == [None, None]  # once each: the same bytes would come again
 
 
 def test_a_body_that_is_too_short_each_time(site: Site, tmp_path: Path) -> None:
     site.answers["/file.bin"] = body(CONTENT[:1000], length=len(CONTENT))
-    refused(site, tmp_path, r"broke off 3 times \(.*1000 of 300000 bytes came\); try again later")
+    assert_refused(site, tmp_path, r"broke off 3 times \(.*1000 of 300000 bytes came\); try again later")
     assert len(site.requests) == 3
 
 
 def test_another_part_than_was_asked_for(site: Site, tmp_path: Path) -> None:
     pieces = iter([in_pieces(1000), body(CONTENT, status=206)])
     site.answers["/file.bin"] = lambda handler: next(pieces)(handler)
-    refused(site, tmp_path, "sends another part of the file than was asked for")
+    assert_refused(site, tmp_path, "sends another part of the file than was asked for")
+    assert [asked for _, asked in site.requests] == [None, "bytes=1000-"]
 
 
 def test_a_missing_file(site: Site, tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         site,
         tmp_path,
         r"/gone: the server answers 404 Not Found; fetch it by other means and give it with --from",
         "/gone",
     )
+    assert site.requests == [("/gone", None)]
 
 
 @pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/octet-stream"])
 def test_a_web_page_instead_of_the_file(kind: str, site: Site, tmp_path: Path) -> None:
     site.answers["/file.bin"] = body(b"\n<!DOCTYPE html><html>please log in</html>", kind)
-    refused(site, tmp_path, "the server sends a web page .*instead of the file; fetch it by other means")
+    assert_refused(site, tmp_path, "the server sends a web page .*instead of the file; fetch it by other means")
+    assert site.requests == [("/file.bin", None)]
 
 
 def test_nobody_there(tmp_path: Path) -> None:
@@ -281,7 +287,7 @@ def test_a_server_that_says_nothing(site: Site, tmp_path: Path, monkeypatch: pyt
     over = threading.Event()
     monkeypatch.setattr(module, "TIMEOUT", 0.2)
     site.answers["/file.bin"] = lambda handler: [None, over.wait(5)][0]
-    refused(site, tmp_path, "cannot be reached: .*timed out")
+    assert_refused(site, tmp_path, "cannot be reached: .*timed out")
     over.set()
 
 
@@ -298,18 +304,23 @@ def test_a_server_that_trickles(site: Site, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(module, "WINDOW", 0.2)
     site.answers["/file.bin"] = trickle
-    refused(site, tmp_path, r"sends \d+ bytes a second; try again later")
+    assert_refused(site, tmp_path, r"sends \d+ bytes a second; try again later")
+    assert site.requests == [("/file.bin", None)]
 
 
 def test_more_than_any_data_set(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 200_000)
     site.answers["/file.bin"] = body(CONTENT, length=-1)
-    refused(site, tmp_path, "sends more than 200000 bytes")
+    assert_refused(site, tmp_path, "sends more than 200000 bytes")
+    monkeypatch.setattr(module, "LARGEST", len(CONTENT))
+    assert get(site, tmp_path / "file.bin")
 
 
 def test_a_disk_without_room(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 299_999))
-    refused(site, tmp_path, "has 300000 bytes, .* lies on a disk with 299999 bytes left; make room")
+    assert_refused(site, tmp_path, "has 300000 bytes, .* lies on a disk with 299999 bytes left; make room")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 300_000))
+    assert get(site, tmp_path / "file.bin")
 
 
 def test_an_interruption_leaves_nothing(site: Site, tmp_path: Path) -> None:
@@ -339,4 +350,6 @@ def test_digests(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("digest", ["", "sha256:", "crc32:00000000", "ba7816bf"])
 def test_a_digest_that_cannot_be_checked_is_no_digest(digest: str, site: Site, tmp_path: Path) -> None:
-    refused(site, tmp_path, "cannot be checked; allowed: sha256:HEX or md5:HEX", digest=digest)
+    (tmp_path / "sub").mkdir()
+    assert_refused(site, tmp_path, "cannot be checked; allowed: sha256:HEX or md5:HEX", digest=digest)
+    assert site.requests == []

@@ -51,6 +51,7 @@ def fetch(
     it. In a run of several processes the first rank alone should call this. Raises :class:`FetchError`.
     """
     _require_https(url)
+    _require_checkable(digest)
     if target.exists():
         require_digest(target, digest)
         return False
@@ -81,16 +82,21 @@ def digest_of(path: Path, algorithm: str = "sha256") -> str:
 
 def require_digest(path: Path, digest: str, *, called: str = "") -> None:
     """Raise :class:`FetchError` unless the file has the digest; ``called`` names it in the message."""
-    algorithm, _, value = digest.partition(":")
-    if algorithm not in ALGORITHMS or not value:
-        raise FetchError(f"the digest {digest!r} cannot be checked; allowed: sha256:HEX or md5:HEX")
-    found = digest_of(path, algorithm)
+    found = digest_of(path, _require_checkable(digest))
     if found != digest.lower():
         remedy = f"try again later, or {BY_HAND}" if called else "remove or replace it"
         raise FetchError(
             f"{called or path} is not the file that it should be: {path.stat().st_size} bytes with {found}, "
             f"expected {digest}; {remedy}"
         )
+
+
+def _require_checkable(digest: str) -> str:
+    """The algorithm of ``digest``."""
+    algorithm, _, value = digest.partition(":")
+    if algorithm not in ALGORITHMS or not value:
+        raise FetchError(f"the digest {digest!r} cannot be checked; allowed: sha256:HEX or md5:HEX")
+    return algorithm
 
 
 class _BrokenOffError(Exception):
