@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import Any
 
 import imgcls
+from imgcls.checkpoint import write_whole
 from imgcls.modeling import Family, all_variants, family_of
 from imgcls.transfer.examine import DETECTORS, detector_problems, examine, in_detectors
 
@@ -82,12 +83,9 @@ def read(path: Path) -> dict[str, Any]:
 
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write the record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     order = {variant: index for index, variant in enumerate(all_variants())}
     record["variants"] = dict(sorted(record["variants"].items(), key=lambda item: order.get(item[0], len(order))))
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def with_detectors(variant: str, known: dict[str, Any], lacking: list[str]) -> dict[str, Any]:

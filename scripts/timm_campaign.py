@@ -34,7 +34,7 @@ from timm.models import model_entrypoint
 from torch import nn
 
 import imgcls
-from imgcls.checkpoint import without_counters
+from imgcls.checkpoint import without_counters, write_whole
 from imgcls.modeling import Architecture, Trunk, family_of, make_trunk
 from imgcls.modeling.backbones import timm_bridge
 from imgcls.transfer.parity import maps_difference, maps_reference, randomise, trunk_of
@@ -161,13 +161,10 @@ def write(path: Path, networks: dict[str, Any], listed: list[str], most_paramete
         "networks": dict(sorted(networks.items())),
         "remaining": [name for name in listed if name not in networks],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     # One line a network.
     text = json.dumps(record, indent=1)
     text = re.sub(r"\n {3,}|\n  (?=[}\]])", " ", text)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text + "\n")
 
 
 def main() -> int:

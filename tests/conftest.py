@@ -19,7 +19,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 import imgcls
-from imgcls.engine import output_dir
+from imgcls.engine.output import output_dir
 from imgcls.modeling import family_of
 
 ROOT = Path(__file__).resolve().parents[1]

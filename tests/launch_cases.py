@@ -19,8 +19,10 @@ from typing import Any
 from detectron2.utils import comm
 
 from imgcls.commands import train
-from imgcls.engine import Run, launching, provenance, starting
-from imgcls.engine.distributed import launch
+from imgcls.engine import Run, starting
+from imgcls.engine.output import provenance
+from imgcls.engine.ranks import launching
+from imgcls.engine.ranks.distributed import launch
 
 
 def work(args: argparse.Namespace) -> None:

@@ -85,7 +85,9 @@ def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--pairs", "0"), ("--batch", "1"), ("--steps", "0"), ("--size", "-1")])
-def test_nothing_to_measure(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_leave_nothing_to_measure_are_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         benchmark_train.main([option, value])
     assert stop.value.code == 2 and f"change {option}" in capsys.readouterr().err

@@ -18,9 +18,10 @@ from torch import nn
 
 from imgcls.checkpoint import read_checkpoint, write_checkpoint
 from imgcls.config.yaml_reading import walk
-from imgcls.engine import Run, provenance, train
-from imgcls.engine.changes import FREE, POLICY, REFUSED, TOLD, best_stays, changes, kind_of, with_what_was_decided
-from imgcls.engine.output_dir import release
+from imgcls.engine import Run, train
+from imgcls.engine.changes import FREE, POLICY, REFUSED, TOLD, best_stays, changes, rule_for, with_what_was_decided
+from imgcls.engine.output import provenance
+from imgcls.engine.output.output_dir import release
 from imgcls.engine.setup import setup
 from imgcls.solver.optimizer_state import fitted_state, names_by_number
 
@@ -61,8 +62,8 @@ def resume(begun: Path, tmp_path: Path) -> Callable[..., Run]:
 def test_every_key_was_thought_of(plain_cfg: CfgNode) -> None:
     """A new key goes into imgcls/engine/changes.py: FREE, TOLD or REFUSED?"""
     keys = [key for key, value in walk(plain_cfg) if not isinstance(value, dict)]
-    assert len(keys) > 200 and [key for key in keys if kind_of(key) is None] == []
-    assert kind_of("MODEL.SOMEBODY.ELSES") is None
+    assert len(keys) > 200 and [key for key in keys if rule_for(key) is None] == []
+    assert rule_for("MODEL.SOMEBODY.ELSES") is None
 
 
 def test_every_row_speaks_of_a_key(plain_cfg: CfgNode) -> None:
@@ -98,8 +99,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("key", KINDS)
-def test_kinds(key: str) -> None:
-    assert kind_of(key) == KINDS[key]
+def test_a_key_is_free_told_or_refused_whatever_its_values(key: str) -> None:
+    assert rule_for(key) == KINDS[key]
 
 
 def test_lists_are_tuples_and_older_checkpoints_had_defaults(plain_cfg: CfgNode) -> None:
@@ -130,7 +131,7 @@ def test_lists_are_tuples_and_older_checkpoints_had_defaults(plain_cfg: CfgNode)
         ("SOLVER.MAX_ITER", 100, 79, REFUSED),
     ],
 )
-def test_kinds_that_hang_on_the_values(key: str, old: Any, new: Any, kind: str, plain_cfg: CfgNode) -> None:
+def test_keys_whose_values_decide(key: str, old: Any, new: Any, kind: str, plain_cfg: CfgNode) -> None:
     plain_cfg.merge_from_list([key, old])
     content = {"config": plain_cfg.dump(), "iteration": 79}
     plain_cfg.merge_from_list([key, new])
@@ -308,7 +309,7 @@ def test_refused_with_every_difference_and_nothing_touched(
     assert fingerprint(tmp_path / "run") == before
 
 
-def test_another_number_of_images(resume: Callable[..., Run], tmp_path: Path) -> None:
+def test_another_number_of_images_is_refused(resume: Callable[..., Run], tmp_path: Path) -> None:
     path = tmp_path / "run" / "model_0000001.pth"
     content = read_checkpoint(path)
     images = content["images"]
@@ -353,7 +354,9 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def test_revisions(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_revision_is_the_commit_and_whether_files_differ(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = ["git", "-C", str(repository), "rev-parse", "HEAD"]
     head = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     (repository / "new").write_text("not tracked")

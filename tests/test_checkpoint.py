@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import logging
@@ -25,6 +26,7 @@ from torch import nn
 from imgcls.checkpoint import (
     SafeCheckpointer,
     content_digest,
+    file_digest,
     load_weights,
     newest_whole,
     prune,
@@ -68,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def test_what_is_written(folder: Path) -> None:
+def test_a_checkpoint_has_a_manifest_a_digest_and_the_pointer(folder: Path) -> None:
     assert names_in(folder) == WHOLE
     assert (folder / "last_checkpoint").read_text() == NAME  # as detectron2 writes it
     manifest = json.loads((folder / f"{NAME}.json").read_text())
@@ -191,7 +193,7 @@ def test_plain_saving_tears_the_file(folder: Path, monkeypatch: pytest.MonkeyPat
     ("only", "iteration"),
     [pytest.param(".json", 9, id="manifest"), pytest.param("last_checkpoint", 9, id="pointer")],
 )
-def test_a_failure_after_the_file_itself(
+def test_a_failure_after_the_file_itself_leaves_it_whole_and_found(
     only: str, iteration: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new file is whole then and is found; neither its manifest nor the pointer is needed."""
@@ -351,6 +353,21 @@ def test_a_truncated_file_is_noticed(folder: Path) -> None:
                 read_checkpoint(path)
 
 
+def test_a_refused_file_is_explained_without_the_advice_to_load_it_all_the_same(tmp_path: Path) -> None:
+    """As torch's own message says first."""
+    path, reasons = tmp_path / "weights.pth", {}
+    for name, value in {"object": argparse.Namespace(), "function": os.system}.items():
+        torch.save({"model": value}, path)
+        with pytest.raises(ValueError, match=rf"cannot read {path}: ") as told:
+            read_torch(path)
+        reasons[name] = str(told.value)
+        assert "weights_only" not in reasons[name] and "Re-running" not in reasons[name]
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=rf"cannot read {path}: Unsupported operand 103\. Either it is torn"):
+        read_torch(path)
+    assert "argparse.Namespace" in reasons["object"] and "system" in reasons["function"]
+
+
 def test_only_a_value_error_escapes_a_damaged_file(tmp_path: Path) -> None:
     """Falling back to an older checkpoint must survive whatever the unpickler raises about the newest."""
     rng, path, outcomes = random.Random(2), tmp_path / "model_0000001.pth", {"read": 0, "refused": 0}
@@ -404,7 +421,7 @@ def test_the_pointer_is_not_needed(pointer: str | None, folder: Path) -> None:
     assert checkpointer.get_checkpoint_file() == str(folder / "model_0000009.pth")
 
 
-def test_an_absent_and_an_empty_folder(tmp_path: Path) -> None:
+def test_an_absent_folder_an_empty_one_and_a_best_alone_have_nothing_to_resume(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) is None
     assert newest_whole(tmp_path / "gone") is None
     write_checkpoint(tmp_path / "model_best.pth", content(), iteration=3)  # the best one is no place to go on from
@@ -445,6 +462,18 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(folder: Path, caplog: py
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == f"checkpoint {folder}/model_0000009.pth is damaged; looking for an older one"
+
+
+def test_a_newest_that_the_disk_cannot_read_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(folder / "model_0000009.pth", content(2.0), iteration=9)
+
+    def read(path: Path) -> str:
+        if path.name != NAME:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return file_digest(path)
+
+    monkeypatch.setattr("imgcls.checkpoint.manifest.file_digest", read)
+    assert newest_whole(folder) == folder / NAME
 
 
 def test_nothing_but_damaged_ones_is_an_error(folder: Path) -> None:
@@ -529,7 +558,7 @@ def pickled(path: Path, value: Any) -> Path:
 @pytest.mark.parametrize("forced", [False, True])
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pt", ".pyth", ".ckpt", ".pth.tar"])
 @pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_nothing_runs(
+def test_no_code_runs_from_a_file(
     how: str, suffix: str, forced: bool, canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / f"evil{suffix}"
@@ -624,7 +653,7 @@ def test_pickles_of_python_2_and_of_numpy_1(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "py2.pkl")["model"] == {"café": 3}
 
 
-def test_safetensors(tmp_path: Path) -> None:
+def test_safetensors_are_read_and_a_torn_file_is_refused(tmp_path: Path) -> None:
     theirs, ours = Body(0), Body(1)
     save_file(theirs.state_dict(), tmp_path / "x.safetensors")
     SafeCheckpointer(ours).load(str(tmp_path / "x.safetensors"))
@@ -634,7 +663,7 @@ def test_safetensors(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.safetensors")
 
 
-def test_pycls(tmp_path: Path) -> None:
+def test_files_of_pycls_are_read(tmp_path: Path) -> None:
     theirs, ours = Body(0), Body(1)
     torch.save({"epoch": 3, "model_state": theirs.state_dict()}, tmp_path / "x.pyth")
     SafeCheckpointer(ours).load(str(tmp_path / "x.pyth"))
@@ -681,7 +710,7 @@ def test_saving_is_for_the_first_rank_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"there is no file {tmp_path}/gone\.pth; change MODEL\.WEIGHTS"):
+    with pytest.raises(ValueError, match=rf"there is no file {tmp_path}/gone\.pth; change what names it"):
         read_checkpoint(tmp_path / "gone.pth")
     (tmp_path / "x.h5").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"cannot tell what kind of file .*x\.h5 is; allowed endings: \.pth, .*\.pkl"):
@@ -725,7 +754,7 @@ def network(seed: int = 0) -> nn.Sequential:
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var")  # and num_batches_tracked
 
 
-def test_everything_is_loaded() -> None:
+def test_weights_of_the_same_network_are_loaded_whole_counters_too() -> None:
     theirs, ours = network(0), network(1)
     theirs(torch.randn(4, 3))
     report = load_weights(ours, theirs.state_dict())
@@ -801,7 +830,7 @@ def test_numpy_arrays_are_weights(tmp_path: Path) -> None:
     assert torch.equal(ours.get_parameter("0.weight"), network(0).get_parameter("0.weight"))
 
 
-def test_trunk_weights() -> None:
+def test_trunk_weights_are_those_under_backbone_without_counters() -> None:
     names = ("backbone.res2.weight", "backbone.stem.bn.num_batches_tracked", "head.weight", "not_backbone.weight")
     given = {name: torch.tensor([float(index)]) for index, name in enumerate(names)}
     assert trunk_weights(given) == {"res2.weight": given["backbone.res2.weight"]}

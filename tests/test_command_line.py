@@ -165,7 +165,7 @@ def test_values_may_begin_with_one_dash(value: str) -> None:
     assert args.opts == ["SOLVER.BASE_LR", value] and args.resume
 
 
-def test_no_words_at_all() -> None:
+def test_no_words_at_all_parse_to_nothing() -> None:
     args = parse(training_parser(""), [])
     assert (args.config_file, args.resume, args.opts) == ([], False, [])
 
@@ -196,7 +196,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "no option --zzz",
     ),
     "an option without its value": (["train_net", "--config-file"], "--config-file: expected at least one argument"),
-    "no number": (["train_net", "--num-gpus", "two"], "--num-gpus: invalid int value: 'two'"),
+    "no number": (["train_net", "--num-gpus", "two"], "--num-gpus: 'two' is no whole number above 0"),
+    "no process": (["train_net", "--num-gpus", "0"], "--num-gpus: '0' is no whole number above 0"),
+    "a machine too many": (
+        ["train_net", "--config-file", QUICK, "--num-machines", "2", "--machine-rank", "2"],
+        "--machine-rank 2, but the 2 machines (--num-machines) are counted from 0",
+    ),
     "a missing option": (["convert_to_detection", "--weights", "w.pth"], "required: --output"),
     "an unknown option of convert": (
         ["convert_to_detection", "--weights", "w", "--output", "o.pth", "--overwrit3"],
@@ -245,6 +250,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "one process for several GPUs": (
         ["train_net", "--config-file", QUICK, "--data-parallel", "OUTPUT_DIR", "my run"],
         f"tools/train_net.py --config-file {QUICK} OUTPUT_DIR 'my run'\n",
+    ),
+    "the same, with a number": (
+        ["imgcls", "train", "--num-gpus", "4", "--resume", "--data-parallel", "SOLVER.BASE_LR", "-1e-3"],
+        "torchrun --standalone --nproc_per_node=4 -m imgcls train --resume SOLVER.BASE_LR -1e-3\n",
     ),
     "the same, in the package": (
         ["imgcls", "train", "--data", "d", "--data-parallel"],
@@ -380,7 +389,7 @@ def test_the_order_of_precedence(tmp_path: Path) -> None:
         assert cfg.INPUT.TEST_SIZE == 32
 
 
-def test_names_that_look_like_numbers(tmp_path: Path) -> None:
+def test_names_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
     cfg = config("--config-file", "imagenet/resnet50_sgd_90ep.yaml", "--data", "2012", "--output", "1")
     assert (cfg.DATASETS.ROOT, cfg.OUTPUT_DIR) == ("2012", "1")
     odd = write_image_folder(tmp_path / 'it\'s (mine), "really"', {"ant": 4})

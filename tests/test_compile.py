@@ -9,8 +9,9 @@ import torch
 from detectron2.modeling import build_model
 from test_loops import run_in_process, same
 
-from imgcls.engine import Run, compiling, finalize
-from imgcls.engine.compiling import compile_network
+from imgcls.engine import Run, finalize
+from imgcls.engine.machine import compiling
+from imgcls.engine.machine.compiling import compile_network
 from imgcls.engine.replay import replay
 from imgcls.structures import Batch
 

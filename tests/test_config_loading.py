@@ -717,6 +717,7 @@ A_CONFIG = "detection/resnet50_retinanet_fpn.yaml"
 def test_packaged_configs_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert A_CONFIG in list_configs() and list_configs() == sorted(list_configs())
+    assert (config_root() / "sweeps/digits.yaml").is_file() and "sweeps/digits.yaml" not in list_configs()
     assert get_config(A_CONFIG).MODEL.BACKBONE.VARIANT == "resnet50"
     assert get_config(A_CONFIG, ["SEED", "3"]).SEED == 3
     assert find_config(A_CONFIG) == find_config(f"configs/{A_CONFIG}") == config_root() / A_CONFIG

@@ -12,8 +12,10 @@ from detectron2.config import CfgNode
 
 import imgcls
 from imgcls.config import load_config
-from imgcls.engine import ClsTrainer, Run, cpu_settings, finalize, train, tuning
-from imgcls.engine.cpu_settings import LEAST_WORK, Layers, decide_cpu_settings, layers_of, rule
+from imgcls.engine import ClsTrainer, Run, finalize, train
+from imgcls.engine.machine import cpu_settings
+from imgcls.engine.machine.cpu_settings import LEAST_WORK, Layers, decide_cpu_settings, layers_of, rule
+from imgcls.engine.measuring import tuning
 from imgcls.modeling import family_of
 
 
@@ -180,7 +182,7 @@ def test_tune_writes_the_fastest(
         for candidate, value in zip(candidates, seconds, strict=True):
             candidate.seconds = [value]
 
-    with lines_of("imgcls.engine.tuning") as lines:
+    with lines_of("imgcls.engine.measuring.tuning") as lines:
         tuning.tune(cfg, data, measure)
     assert settings_of(cfg) == expected and cfg.SOLVER.CPU_SETTINGS == "decided"
     assert "bfloat16, channels last" in lines[0] and lines[0].count("chosen") == 1

@@ -6,17 +6,20 @@ import copy
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import lines_of, tiny_cfg
-from test_loops import run_in_process, same, weights
+from sharding_cases import on_ranks
+from test_loops import losses, run_in_process, same, weights
 
 from imgcls.checkpoint import read_checkpoint, write_checkpoint
 from imgcls.engine import Run, finalize
-from imgcls.engine.teacher import order_of
+from imgcls.engine import run as run_module
+from imgcls.engine.teacher import build_distillation, order_of
 from imgcls.modeling import Architecture, Distillation, Teacher, make_classifier
 from imgcls.structures import PreprocessingContract
 
@@ -250,3 +253,66 @@ def test_a_student_of_normalised_images_has_no_teacher(teacher, tmp_path):
     model = student(tmp_path, "MODEL.DISTILL.TEACHER", str(teacher)).model.train()
     with pytest.raises(ValueError, match=r"give the network images in 0..255"):
         model(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), normalized=True)
+
+
+# -- two ranks -----------------------------------------------------------------------------------------------------
+
+# A student in which no image looks at its neighbours: however they are shared out, the sums are the same.
+ALONE = (
+    *("MODEL.BACKBONE.NORM", "GN", "MODEL.HEAD.DROPOUT", 0.0, "SOLVER.BASE_LR", 0.01, "SOLVER.CPU_SETTINGS", "off"),
+    *("DATASETS.TEST", (), "MODEL.DISTILL.ALPHA", 0.9, "MODEL.DISTILL.TEMPERATURE", 4.0, "MODEL.DISTILL.TEACHER"),
+)
+
+
+def taught(folder: Path, teacher: Path, training: bool = False) -> dict[str, Any]:
+    """What a run leaves on this rank. training: the mistake, a teacher that keeps statistics of what it is shown."""
+
+    def build(cfg, classes):
+        made = build_distillation(cfg, classes)
+        made.teacher.network.func.backbone.train(training)
+        return made
+
+    usual = run_module.build_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "build_distillation", build)
+        # In float64: four steps of a small network turn the last bit of float32 into the fourth decimal.
+        patch.setattr(run_module, "build_model", lambda cfg: usual(cfg).double())
+        run, _ = run_in_process("plain", tiny_cfg(folder, *FAST, *ALONE, str(teacher)))
+    net = run.model.distillation.teacher.network.func
+    return {
+        "student": run.model.state_dict(),
+        "trained": list(run.step.model.state_dict()),
+        "teacher": net.state_dict(),
+        "gradients": [name for name, parameter in net.named_parameters() if parameter.grad is not None],
+    }
+
+
+def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference."""
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def alone(teacher, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder and the weights of a run on one rank."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, taught(folder, teacher)["student"]
+
+
+def test_two_ranks_learn_what_one_does_and_leave_the_teacher_as_it_was(alone, teacher, tmp_path):
+    ranks = on_ranks(2, taught, tmp_path / "ranks", tmp_path / "two", teacher)
+    untaught = student(tmp_path / "untaught", *ALONE[:-1]).model.state_dict()
+    for found in ranks:
+        assert apart(found["student"], alone[1]) < 1e-10
+        assert same(found["teacher"], read_checkpoint(teacher)["model"]) and found["gradients"] == []
+        assert found["trained"] == [f"module.{name}" for name in untaught]  # DDP has not heard of the teacher
+    assert same(*(found["student"] for found in ranks))
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone[0]), rel=1e-6)
+
+
+def test_a_teacher_in_training_mode_would_be_another_on_each_rank(alone, teacher, tmp_path):
+    first, second = on_ranks(2, taught, tmp_path / "ranks", tmp_path / "two", teacher, True)
+    assert apart(first["student"], alone[1]) > 1e-3
+    assert not same(first["teacher"], read_checkpoint(teacher)["model"])
+    assert not same(first["teacher"], second["teacher"])

@@ -44,8 +44,8 @@ from imgcls.data.inspection.label_map import exchanged
 from imgcls.data.inspection.pictures import effective_number
 from imgcls.data.inspection.survey import Chosen
 from imgcls.data.reading import MAX_PIXELS
+from imgcls.engine.measuring.speed import measure_speed
 from imgcls.engine.setup import Data, decide, sound
-from imgcls.engine.speed import measure_speed
 
 CLASSES = ("ant", "bee", "cow")
 COLOURS = {"ant": (200, 60, 60), "bee": (60, 200, 60), "cow": (60, 60, 200)}

@@ -52,7 +52,9 @@ def stopped_at(values: list[float], **options: Any) -> int:
         ([NAN, 5, NAN, 6], {}, -1),
     ],
 )
-def test_when_it_stops(values: list[float], options: dict[str, Any], expected: int) -> None:
+def test_it_stops_after_so_many_evaluations_without_a_gain(
+    values: list[float], options: dict[str, Any], expected: int
+) -> None:
     assert stopped_at(values, **options) == expected
 
 

@@ -20,9 +20,9 @@ from test_loops import run_in_process, same
 from torch import nn
 
 from imgcls.config.checks import require_sound
-from imgcls.engine import TrainStep
-from imgcls.engine.distributed import wrap_for_ranks
+from imgcls.engine import TrainStep, setup
 from imgcls.engine.freezing import NEVER, Freezing
+from imgcls.engine.ranks.distributed import wrap_for_ranks
 from imgcls.solver import build_optimizer, build_schedule
 from imgcls.solver.optimizers import OPTIMIZERS
 from imgcls.structures import Batch
@@ -77,7 +77,8 @@ def frozen_names(network: nn.Module) -> set[str]:
 def test_what_is_frozen_when(rows: list[tuple[str, int]], expected: list[set[str]] | None) -> None:
     network = Net()
     if expected is None:
-        with pytest.raises(ValueError, match=r"every weight is frozen at the start.*SOLVER.FREEZE"):
+        every = r"every weight is frozen at the start: got \['\*', 'head', 'mid'\];.*SOLVER.FREEZE"
+        with pytest.raises(ValueError, match=every):
             Freezing(network, rows)
         return
     found = []
@@ -119,6 +120,21 @@ def test_an_evaluation_wakes_nothing_that_is_frozen(classifier_cfg: Callable[...
 def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"nothing that trains has a name like this: got .*SOLVER.FREEZE"):
         Freezing(Net(), [("body.*", 5), (pattern, 5)])
+
+
+@pytest.mark.parametrize(
+    ("key", "row"), [("FREEZE", ["backbone.res9", 0]), ("PARAM_OVERRIDES", ["backbone.res9", {"lr_factor": 2.0}])]
+)
+def test_a_pattern_that_matches_nothing_is_known_before_anything_is_written(
+    key: str, row: list[Any], classifier_cfg: Callable[..., CfgNode], tmp_path: Path
+) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    cfg = classifier_cfg(NET, f"SOLVER.{key}", [row], "MODEL.WEIGHTS", str(weights))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=rf"has a name like this: got 'backbone\.res9';.*SOLVER\.{key}"):
+        setup(cfg)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_did_not_train_anyway_stays_as_it_is() -> None:
@@ -301,15 +317,18 @@ def _train_as_rank(rank: int, folder: str, cfg: CfgNode, rebuild: bool) -> None:
     step, made = make_step(cfg)
     if not rebuild:  # the mistake: the wrapper of the beginning stays
         step.rewrap = lambda wrap: None  # type: ignore[method-assign]
+    step.model.module.body[1].running_mean.fill_(rank)  # type: ignore[operator, union-attr]  # of its own share
     weights = []
     for iteration in range(4):
-        before = weakref.ref(step.model)
+        before, statistics = weakref.ref(step.model), [buffer.clone() for buffer in step.model.buffers()]
         made.follow(step, iteration)
+        # DDP would give every rank those of the first; a run resumed behind the epoch would have others then.
+        assert all(torch.equal(own, now) for own, now in zip(statistics, step.model.buffers(), strict=True))
         # Nothing holds the old wrapper any more, and so its hooks are off the parameters.
         assert (before() is None) == (rebuild and iteration == 2)
         step(random_batch(10 * iteration + rank), iteration)
         weights.append(copy.deepcopy(dict(step.model.module.named_parameters())))  # type: ignore[operator, union-attr]
-    torch.save(weights, f"{folder}/{rank}.pth")
+    torch.save([*weights, dict(step.model.named_buffers())], f"{folder}/{rank}.pth")
     dist.destroy_process_group()
 
 
@@ -328,4 +347,4 @@ def test_two_ranks_stay_alike_because_ddp_is_built_anew(
     assert [process.exitcode for process in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     alike = [all(torch.equal(a[name], b[name]) for name in a) for a, b in zip(first, second, strict=True)]
-    assert alike == [True, True, rebuild, rebuild]
+    assert alike == [True, True, rebuild, rebuild, False]  # the last ones are the running statistics

@@ -27,13 +27,14 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
 from imgcls.checkpoint import is_whole, newest_whole, read_checkpoint, write_checkpoint, writing
-from imgcls.engine import ClsTrainer, Run, saving, train, writers
-from imgcls.engine.log_file import LogFile
-from imgcls.engine.output_dir import mend_lines, release
+from imgcls.engine import ClsTrainer, Run, saving, train
+from imgcls.engine.output import writers
+from imgcls.engine.output.log_file import LogFile
+from imgcls.engine.output.output_dir import mend_lines, release
+from imgcls.engine.output.whole_lines import WaitingLines, WholeLines
+from imgcls.engine.output.writers import EventFiles, Tolerant
 from imgcls.engine.saving import Saving
 from imgcls.engine.setup import setup
-from imgcls.engine.whole_lines import WaitingLines, WholeLines
-from imgcls.engine.writers import EventFiles, Tolerant
 
 
 @contextmanager
@@ -199,6 +200,23 @@ def test_every_so_many_stay_for_good(tmp_path: Path) -> None:
     assert kept == [f"model_{number:07d}.pth" for number in (3, 7, 11, 17)]
 
 
+def test_one_that_stays_stays_though_its_manifest_was_never_written(tmp_path: Path) -> None:
+    """A kill may come between the checkpoint and the manifest, which says that it stays."""
+    saves = Saving(tmp_path, keep=1, keep_every=4)
+    saves.save(content(3, 1), saving=True)
+    first, manifest = tmp_path / "model_0000003.pth", tmp_path / "model_0000003.pth.json"
+    before = manifest.read_text()
+    manifest.unlink()
+    saves.tidy(first)
+    assert manifest.read_text() == before and "kept" in before
+    for iteration in (5, 9):
+        saves.save(content(iteration, 1), saving=True)
+    assert [name for name in names(tmp_path) if name.startswith("model")] == [first.name, "model_0000009.pth"]
+    (tmp_path / "model_0000009.pth.json").unlink()
+    saves.tidy(tmp_path / "model_0000009.pth")
+    assert "kept" not in (tmp_path / "model_0000009.pth.json").read_text()
+
+
 # -- files of lines --------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +271,7 @@ def test_tensorboard_begins_another_file(tmp_path: Path, monkeypatch: pytest.Mon
                 return
             time.sleep(0.02)
 
-    with lines_of("imgcls.engine.writers") as told, EventStorage(0) as storage:
+    with lines_of("imgcls.engine.output.writers") as told, EventStorage(0) as storage:
         with files_up_to(200):
             write_until("training goes on")
         first = set(tmp_path.glob("events.*"))
@@ -346,6 +364,10 @@ def test_a_best_that_was_never_written_is_not_on_record(classifier_cfg: Callable
     train_whole(cfg)
     run = resumed(cfg)
     assert run.best["iteration"] == 3
+    best = (folder / "model_best.pth").read_bytes()
+    (folder / "model_best.pth").write_bytes(best[: len(best) // 2])  # torn, with a manifest that knows better
+    assert resumed(cfg).best == {}
+    (folder / "model_best.pth").write_bytes(best)
     # As if the best of iteration 3 had found no room: the file is an older one's.
     older = {**read_checkpoint(folder / "model_best.pth"), "iteration": 1}
     older.pop("digest")

@@ -17,9 +17,9 @@ from launch_cases import children_left
 
 from imgcls.checkpoint import read_checkpoint
 from imgcls.commands.arguments import parse, training_parser
-from imgcls.engine import launching
-from imgcls.engine.distributed import fault_of_another
-from imgcls.engine.launching import RUNNING, launch_ranks
+from imgcls.engine.ranks import launching
+from imgcls.engine.ranks.distributed import fault_of_another
+from imgcls.engine.ranks.launching import RUNNING, launch_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 TOGETHER_WITH_IT = "; the other ranks were ended with it; --resume goes on from the last checkpoint"
@@ -78,7 +78,7 @@ def ended() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_how_it_ends(case: str, ended: dict[str, dict[str, Any]]) -> None:
+def test_each_end_has_its_code_and_its_line_and_leaves_no_process(case: str, ended: dict[str, dict[str, Any]]) -> None:
     code, words = CASES[case]
     outcome = ended[case]
     assert outcome["how"] == "fork" or torch.cuda.is_available()

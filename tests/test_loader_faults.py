@@ -25,7 +25,7 @@ from imgcls.data import build_test_loader, build_train_loader
 from imgcls.data.datasets import ArraySource, FolderSource
 from imgcls.data.mapper import ClsMapper
 from imgcls.data.watch import Watch
-from imgcls.data.workers import is_worker_end
+from imgcls.data.workers import is_worker_end, start_worker
 from imgcls.engine.step import TrainStep
 
 TIMEOUT = 2  # seconds that a batch may take; the default is 50
@@ -104,6 +104,42 @@ def test_a_worker_that_ends_or_hangs(how: signal.Signals, kind: str, cfg: CfgNod
         assert re.search("the data workers failed: (no batch came in|DataLoader timed out after) 2", str(told.value))
         assert TIMEOUT * 0.9 < took < TIMEOUT + LOAD
     assert "\n" not in str(told.value)
+
+
+class Slow(ArraySource):
+    """A batch of four of these takes four tenths of the timeout."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        time.sleep(0.1 * TIMEOUT)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("stopped", ["all", "the workers"])
+def test_a_job_that_is_suspended_goes_on(stopped: str, cfg: CfgNode) -> None:
+    """Ctrl-Z and fg: the time between does not count, unless the workers alone stood still."""
+    cfg.DATALOADER.NUM_WORKERS = 1
+    source = Slow("slow", np.zeros((16, 16, 16), np.uint8), np.zeros(16, np.int64), ["only"])
+    child = os.fork()
+    if not child:  # a process group of its own, as a shell makes
+        os.setpgid(0, 0)
+        batches = iter(build_test_loader(cfg, source))
+        next(batches)
+        for worker in multiprocessing.active_children() if stopped == "the workers" else ():
+            os.kill(worker.pid, signal.SIGSTOP)  # type: ignore[arg-type]  # it has begun
+        try:
+            os._exit(len(list(batches)))
+        except ValueError as error:
+            os._exit(100 + ("the data workers failed" in str(error)))
+    try:
+        if stopped == "all":
+            time.sleep(0.6 * TIMEOUT)  # in the second batch
+            os.killpg(child, signal.SIGSTOP)
+            time.sleep(1.5 * TIMEOUT)
+            os.killpg(child, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (3 if stopped == "all" else 101)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
 
 
 def test_without_a_timeout_nothing_watches() -> None:
@@ -236,6 +272,45 @@ def test_full_shared_memory(kind: str, cfg: CfgNode) -> None:
 
     said = in_a_process(action, 20)
     assert re.match(r"ValueError: the data workers failed: .*/dev/shm is full \(\d MiB free\)", said), said
+
+
+def _starts_late(pids: Any) -> None:
+    """A worker whose parent is gone before it can look who that is."""
+    parent = os.getppid()
+    pids.put(os.getpid())
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    start_worker(0)
+    time.sleep(60)
+
+
+def _parent_of_one(pids: Any) -> None:
+    multiprocessing.get_context("fork").Process(target=_starts_late, args=(pids,)).start()
+    time.sleep(60)
+
+
+def test_a_worker_whose_parent_dies_first_ends_too() -> None:
+    context = multiprocessing.get_context("fork")
+    pids = context.Queue()
+    parent = context.Process(target=_parent_of_one, args=(pids,))
+    parent.start()
+    worker = pids.get(timeout=20)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + LOAD
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = _runs(worker)
+    if left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------- the commands

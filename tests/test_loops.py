@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from imgcls.engine import ClsTrainer, Run, finalize, train
-from imgcls.engine.output_dir import release
+from imgcls.engine.output.output_dir import release
 from imgcls.engine.setup import setup
 
 LOOPS = {"plain": "tools/train_net.py", "builtin": "tools/train_net_builtin.py"}

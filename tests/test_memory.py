@@ -12,9 +12,11 @@ import torch
 from detectron2.config import CfgNode
 
 from imgcls.commands.arguments import one_line_errors
-from imgcls.engine import Data, batch_size, finalize, memory
-from imgcls.engine.batch_size import Trial, advice_of, largest, trials
-from imgcls.engine.memory import MIB, available_memory, is_out_of_memory, out_of_memory
+from imgcls.engine import Data, finalize
+from imgcls.engine.machine import memory
+from imgcls.engine.machine.memory import MIB, available_memory, is_out_of_memory, out_of_memory
+from imgcls.engine.measuring import batch_size
+from imgcls.engine.measuring.batch_size import Trial, advice_of, largest, trials
 from imgcls.engine.setup import _not_a_user_error
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux limits and accounts for memory")
@@ -50,9 +52,15 @@ def test_the_end_of_the_memory_is_one_line_with_advice(
         assert advice in said
 
 
-def test_what_was_asked_for_is_said() -> None:
+def test_the_advice_begins_with_what_was_asked_for() -> None:
     assert "you tried to allocate 1125899906842624 bytes. Lower" in str(out_of_memory(failing(all_there_is)))
     assert str(out_of_memory(failing(cuda_error))).startswith("out of memory: CUDA out of memory. Lower")
+
+
+@LINUX
+def test_the_peak_is_this_processes() -> None:
+    if not torch.cuda.is_available():
+        assert memory.peak_memory() == pytest.approx(memory.peak_resident() / MIB, rel=0.1)
 
 
 def test_detectron2s_loop_prints_no_traceback_of_it() -> None:
@@ -154,4 +162,5 @@ def test_a_trial_that_does_not_end_is_ended(
 
 
 def test_a_process_that_was_killed_is_no_fit() -> None:
-    assert batch_size._end(-9) == "the process ended with SIGKILL" and batch_size._end(1).endswith("exit code 1")
+    assert batch_size._how_it_ended(-9) == "the process ended with SIGKILL"
+    assert batch_size._how_it_ended(1).endswith("exit code 1")

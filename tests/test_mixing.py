@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from imgcls.data import Mixing
 from imgcls.engine import ClsTrainer, Run, TrainStep, train
-from imgcls.engine.output_dir import release
+from imgcls.engine.output.output_dir import release
 from imgcls.engine.setup import setup
 from imgcls.solver import build_optimizer, build_schedule
 from imgcls.structures import Batch

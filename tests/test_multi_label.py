@@ -20,7 +20,7 @@ from imgcls.data.datasets import ArraySource
 from imgcls.data.digit_sets import SIZES, TAIL, DigitSets
 from imgcls.engine import Run, finalize, labels, train
 from imgcls.engine.evaluating import is_better
-from imgcls.engine.output_dir import release
+from imgcls.engine.output.output_dir import release
 from imgcls.engine.setup import setup
 from imgcls.modeling import build_loss
 from imgcls.transfer import convert, load_backbone

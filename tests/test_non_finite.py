@@ -134,6 +134,8 @@ def test_the_step_can_be_taken_again(poison, classifier_cfg, tmp_path, tool):
     before = sorted(tmp_path.rglob("*"))
     done = tool("tools/train_net.py", *words)
     assert done.returncode == 0 and text in done.stdout
+    done = tool("tools/train_net.py", *words[:3], "gone.pth")
+    assert done.returncode == 2 and "error: there is no such file: got 'gone.pth'; allowed: a replay_" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
     assert f"iteration {BAD} on rank 0: loss_cls" in text and "modules whose output is not finite: none" in text
 
@@ -149,7 +151,7 @@ def test_the_replay_names_the_first_module_that_is_wrong(classifier_cfg, tmp_pat
     assert found["outputs"][0].startswith("backbone.res3") and "head" in " ".join(found["outputs"])
 
 
-def test_the_verdict():
+def test_the_verdict_finds_what_is_not_finite_and_hands_the_signal_on():
     one, large = torch.tensor(1.0), torch.full((4,), 3e38)  # whose squares are not finite
     assert verdict({"a": one}, []).tolist() == [0, 0] and verdict({"a": one}, [large, one], 15).tolist() == [0, 15]
     for bad in (torch.tensor(float("nan")), torch.tensor([1.0, float("-inf")])):

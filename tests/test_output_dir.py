@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import time
@@ -11,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import portalocker
 import pytest
 
-from imgcls.engine.output_dir import LOCK, claim, mend_metrics, release
+from imgcls.engine.output.output_dir import LOCK, claim, mend_metrics, release
 
 FORK = multiprocessing.get_context("fork")
 
@@ -50,6 +53,12 @@ def test_results_are_not_overwritten(result: str, folder: Path) -> None:
     assert (folder / result).read_text() == "an earlier job's"
 
 
+def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"OUTPUT_DIR .*/file/run takes no files \(.*\); choose another OUTPUT_DIR"):
+        claim(tmp_path / "file" / "run", resume=False)
+
+
 def test_the_fingerprint_would_notice(folder: Path) -> None:
     """The twin: a lock file is enough to change it."""
     folder.mkdir()
@@ -72,7 +81,7 @@ def test_other_files_do_not_matter(folder: Path) -> None:
     assert (folder / LOCK).exists() and (folder / "notes.txt").read_text() == "mine"
 
 
-def test_a_file_in_its_place(folder: Path) -> None:
+def test_a_file_in_its_place_is_refused(folder: Path) -> None:
     folder.write_text("not a folder")
     with pytest.raises(ValueError, match=rf"OUTPUT_DIR {folder} is a file; choose another OUTPUT_DIR"):
         claim(folder, resume=True)
@@ -117,6 +126,26 @@ def test_a_running_jobs_folder_is_refused_until_it_is_killed(resume: bool, folde
         first.kill()  # SIGKILL: it cannot clean up
         first.join()
     claim(folder, resume=resume)
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EAGAIN"])
+def test_a_file_system_without_locks(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clusters have such; that is no other job, and no reason not to train."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(getattr(errno, name), name)
+
+    monkeypatch.setattr(portalocker.portalocker, "LOCKER", refuse)
+    if name == "EAGAIN":  # as of a lock that somebody holds
+        with pytest.raises(ValueError, match="belongs to a job that is running"):
+            claim(folder, resume=False)
+        return
+    monkeypatch.setattr(logging.getLogger("imgcls"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "imgcls"):
+        claim(folder, resume=False)
+    assert f"OUTPUT_DIR {folder} cannot be locked: see to it that no other job writes there" in caplog.text
 
 
 def test_a_worker_that_outlives_its_job_does_not_hold_the_lock(folder: Path) -> None:
@@ -189,13 +218,13 @@ def test_a_torn_last_line_is_dropped(torn: str, tmp_path: Path) -> None:
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [0, 4, 5]
 
 
-def test_a_whole_last_line_without_its_end(tmp_path: Path) -> None:
+def test_a_whole_last_line_gets_its_end(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("\n".join(lines(0, 4)))
     mend_metrics(tmp_path, 5)
     assert (tmp_path / "metrics.json").read_text() == "\n".join(lines(0, 4)) + "\n"
 
 
-def test_no_metrics_are_none(tmp_path: Path) -> None:
+def test_absent_metrics_stay_absent_and_a_run_from_the_start_keeps_none(tmp_path: Path) -> None:
     mend_metrics(tmp_path, 5)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "metrics.json").write_text("\n".join(lines(0, 4)) + "\n")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from imgcls.solver.schedules import SCHEDULES
 
+QUICK = Path(__file__).parents[1] / "configs" / "quick" / "digits_mobilenet_v1.yaml"
 CONFIG = ("--config-file", "quick/digits_mobilenet_v1.yaml", "--images", "1000")
 RUN = (
     "SOLVER.MAX_EPOCHS",
@@ -52,6 +53,7 @@ def test_the_picture(words: tuple[str, ...], size: tuple[int, int], tool: Callab
     [
         (("--output", "s.gif"), "cannot write a picture as .gif; allowed: .png"),
         (("--schedules", "Cosine"), "got 'Cosine'; allowed: WarmupMultiStepLR"),
+        (("--images", "-5"), "got -5; allowed: 1 or more, or 0: count them; change --images"),
     ],
 )
 def test_mistakes(words: tuple[str, ...], message: str, tool: Callable[..., Any]) -> None:
@@ -63,3 +65,17 @@ def test_a_set_that_is_not_here_asks_for_its_size(tool: Callable[..., Any], tmp_
     words = ("--config-file", "imagenet/resnet50_sgd_90ep.yaml", "DATASETS.ROOT", tmp_path / "nowhere")
     done = tool("tools/plot_schedule.py", *words)
     assert done.returncode == 2 and "--images 1281167 for ImageNet" in done.stderr
+
+
+def test_configs_that_are_called_the_same_are_two_curves(tool: Callable[..., Any], tmp_path: Path) -> None:
+    """As the config.yaml of two runs are."""
+    files = [tmp_path / run / "config.yaml" for run in ("one", "two")]
+    for file, rate in zip(files, (0.1, 0.3), strict=True):
+        file.parent.mkdir()
+        file.write_text(f"_BASE_: {QUICK}\nSOLVER: {{BASE_LR: {rate}, LR_SCHEDULER_NAME: WarmupConstantLR}}\n")
+    words = [word for file in files for word in ("--config-file", file)]
+    done = tool("tools/plot_schedule.py", *words, "--images", "1000", "--output", tmp_path / "s.csv")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "s.csv").open() as lines:
+        last = {row["schedule"]: float(row["learning_rate"]) for row in csv.DictReader(lines)}
+    assert last == {f"{files[0]} (WarmupConstantLR)": 0.1, f"{files[1]} (WarmupConstantLR)": 0.3}

@@ -110,6 +110,22 @@ def test_it_depends_on_nothing_but_weights_and_data(run: Run, network: Any) -> N
     assert not same(statistics(network), first)
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_whoever_leaves_early_has_changed_nothing(
+    after: int, run: Run, network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal to stop does not wait for hundreds of batches; no batch is read that nobody looks at."""
+    before, asked, passes = copy.deepcopy(network.state_dict()), [], []
+    network.register_forward_hook(lambda *_: passes.append(1))
+    leave = lambda: asked.append(1) or len(asked) > after  # noqa: E731
+    assert not recompute_statistics(run.cfg, network, run.data.train, iterations=50, leave=leave)
+    assert len(passes) == after and len(asked) == after + 1
+    assert same(network.state_dict(), before) and network.training
+    assert {norm.momentum for norm in norms_of(network).values()} == {0.1}
+    assert recompute_statistics(run.cfg, network, run.data.train, iterations=2, leave=lambda: False)
+    assert close(statistics(network), by_hand(run, 2))
+
+
 def test_frozen_norms_and_norms_that_evaluation_does_not_use_keep_theirs(run: Run, network: Any) -> None:
     network.frozen = (network.backbone.res2,)
     network.unused = nn.BatchNorm2d(3)

@@ -26,7 +26,7 @@ FOLDERS = ("imagenet/", "folder/", "cifar10/", "mnist/", "quick/")
 RECIPES = [
     name
     for name in list_configs()
-    if name.startswith(FOLDERS) and "/Base-" not in name and not name.endswith("_sweep.yaml")
+    if name.startswith(FOLDERS) and "/Base-" not in name
     if get_config(name).MODEL.META_ARCHITECTURE == "ClsNet"
 ]
 # Top-1 as published, typed from the papers and from the libraries' pages.

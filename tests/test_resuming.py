@@ -73,7 +73,7 @@ def test_the_run_goes_on_from_the_named_checkpoint(builtin: bool, run: Path, fin
     assert newest_whole(run) == run / "model_final.pth" and (run / "model_best.pth").is_file()
 
 
-def test_into_another_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_in_another_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     before = names(finished)
     words = ("--resume", finished / "model_0000003.pth", "--output", tmp_path / "new")
@@ -106,7 +106,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_what_cannot_be_resumed(case: str, run: Path, finished: Path) -> None:
+def test_what_cannot_be_resumed_is_refused_in_one_line_and_begins_nothing(case: str, run: Path, finished: Path) -> None:
     name, message = MISTAKES[case]
     spoil(run / "model_0000003.pth")
     (run.parent / "backbone.pth").write_bytes((finished.parent / "backbone.pth").read_bytes())
@@ -145,7 +145,7 @@ def test_a_detector_asks_for_its_own_state(run: Path, tmp_path: Path) -> None:
         ("cpu", False, 1, "cpu"),
     ],
 )
-def test_a_device_that_is_not_here(
+def test_a_device_that_is_not_here_becomes_the_cpu(
     asked: str,
     there: bool,
     ranks: int,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,10 @@ from imgcls.config.checks import CLASSIFIER
 from imgcls.data import Source
 from imgcls.data.datasets import ArraySource
 from imgcls.engine import Run, setup, train
-from imgcls.engine.output_dir import release
+from imgcls.engine.output.output_dir import release
 from imgcls.engine.setup import Data
 from imgcls.solver import build_schedule
-from imgcls.solver.schedules import SCHEDULES, PlateauMultiplier, apply_current
+from imgcls.solver.schedules import SCHEDULES, PlateauMultiplier, apply_current, check_schedule
 
 STEPS, BASE = 60, 0.4
 Torch = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
@@ -185,6 +187,27 @@ def test_an_end_above_the_base_rate_is_refused(plain_cfg: CfgNode) -> None:
     assert any("the schedule ends above its base rate: got 0.5; allowed: at most" in str(p) for p in all_problems(cfg))
     cfg.SOLVER.BASE_LR_END = 0.4
     assert not any(problem.key == "SOLVER.BASE_LR_END" for problem in all_problems(cfg))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"SOLVER.GAMMA": 1.0}, "a plateau would not lower the rate: got 1.0; .*SOLVER.GAMMA"),
+        ({"TEST.EVAL_PERIOD": 0}, "the schedule has no evaluations to look at: got 'PlateauLR'"),
+        ({"DATASETS.TEST": ()}, "the schedule has no evaluations to look at: got 'PlateauLR'"),
+    ],
+    ids=["gamma", "period", "data"],
+)
+def test_a_plateau_that_could_never_lower_the_rate_is_refused(
+    change: dict[str, Any], said: str, plain_cfg: CfgNode
+) -> None:
+    cfg = solver(plain_cfg, "PlateauLR", GAMMA=0.5)
+    sound = ["MODEL.META_ARCHITECTURE", "ClsNet", "DATASETS.TEST", ("digits_val",), "TEST.EVAL_PERIOD", 5]
+    cfg.merge_from_list(sound)
+    assert check_schedule(cfg) == []
+    cfg.merge_from_list([word for pair in change.items() for word in pair])
+    (problem,) = check_schedule(cfg)
+    assert re.match(said, str(problem))
 
 
 def test_decay_in_epochs(plain_cfg: CfgNode) -> None:

@@ -14,8 +14,9 @@ from sharding_cases import CASES, QUIET, RUN
 from test_loops import run_in_process
 
 from imgcls.config import all_problems
-from imgcls.engine import Run, TrainStep, finalize, sharding
-from imgcls.engine.sharding import Sharded, blocks
+from imgcls.engine import Run, TrainStep, finalize
+from imgcls.engine.ranks import sharding
+from imgcls.engine.ranks.sharding import Sharded, blocks
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_one_rank_goes_on_with_what_two_have_cut_up(ranks, tmp_path):
     shutil.copytree(
         ranks[0] / "c" / "fsdp2", tmp_path / "alone", ignore=shutil.ignore_patterns("model_final*", ".lock")
     )
-    with lines_of("imgcls.engine.sharding") as lines:
+    with lines_of("imgcls.engine.ranks.sharding") as lines:
         run, results = run_in_process("plain", tiny_cfg(tmp_path / "alone", *QUIET, "fsdp2", *RUN), resume=True)
     assert lines == ["SOLVER.PARALLEL fsdp2: one rank, nothing is cut up"]
     assert run.start_iter == 2 and results["classification"]["loss"] > 0

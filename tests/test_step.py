@@ -117,6 +117,39 @@ def test_nothing_changes_when_the_loss_is_not_finite(make_step):
     assert step.schedule.last_epoch == 0
 
 
+FLOAT16 = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16")
+
+
+def test_a_step_left_out_for_its_loss_leaves_the_scaler_ready(make_step):
+    """Or its next unscaling is an error, for it waits to be told of the last; the scale halves as at any such step."""
+    step = make_step(*FLOAT16, "SOLVER.NON_FINITE", "skip")
+    step(batch(), 0)
+    scale, bias = step.scaler.get_scale(), step.model.head.fc.bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias[0] = float("nan")
+    step(batch(), 1)
+    assert step.skipped == 1 and step.scaler.get_scale() == scale / 2
+    with torch.no_grad():
+        bias.copy_(before)
+    for iteration in range(2, 8):  # the first of them may be left out by the scaler
+        step(batch(), iteration)
+    assert step.skipped == 1 and not torch.equal(bias, before)
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run(make_step):
+    """A scaler alone would leave steps out for ever, and the run come to its end untrained."""
+    step = make_step(*FLOAT16, "SOLVER.MAX_ITER", 100)
+    step.model.head.fc.bias.register_hook(lambda gradient: gradient * float("nan"))
+    before = step.model.head.fc.weight.detach().clone()
+    halvings = int(math.log2(step.scaler.get_scale()))
+    for iteration in range(halvings):
+        step(batch(), iteration)
+    with pytest.raises(ValueError, match=rf"not finite at iteration {halvings} "):
+        step(batch(), halvings)
+    assert step.scaler.get_scale() == 1.0 and torch.equal(step.model.head.fc.weight, before)
+
+
 @pytest.mark.parametrize(("kind", "value"), [("value", 0.01), ("norm", 0.1), ("full_model", 0.1)])
 def test_clipping_is_what_its_name_says(classifier_cfg, kind, value):
     cfg = classifier_cfg("resnet18", "SOLVER.CLIP_GRADIENTS.ENABLED", True)

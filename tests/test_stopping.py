@@ -18,9 +18,10 @@ from conftest import lines_of, tiny_cfg
 
 from imgcls.checkpoint import read_checkpoint
 from imgcls.data.workers import start_worker
-from imgcls.engine import ClsTrainer, Run, stopping, train
+from imgcls.engine import ClsTrainer, Run, train
 from imgcls.engine import run as run_module
-from imgcls.engine.output_dir import release
+from imgcls.engine.output.output_dir import release
+from imgcls.engine.ranks import stopping
 from imgcls.engine.setup import setup
 from imgcls.evaluation import ClassificationEvaluator
 

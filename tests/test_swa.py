@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import lines_of, tiny_cfg
+from detectron2.utils import comm
+from sharding_cases import on_ranks
 from test_loops import run_in_process, same
+from test_precise_bn import close, norms_of, statistics
 from torch import nn
 from torch.optim.swa_utils import SWALR
 
 from imgcls.checkpoint import read_checkpoint
 from imgcls.config import all_problems, load_config, resolve_durations
-from imgcls.engine import Run, finalize
+from imgcls.data import build_train_loader
+from imgcls.engine import Run, finalize, starting
 from imgcls.engine.precise_bn import recompute_statistics
+from imgcls.engine.ranks import stopping
 from imgcls.solver import Swa, build_average, build_schedule
 
 # Six iterations: averaging begins after the second, and takes in the weights of the fourth and the sixth.
@@ -181,3 +190,126 @@ def test_a_run_resumed_before_at_and_after_the_start_ends_the_same(trained, loop
     theirs, ours = checkpoint(folder / "on", 5), checkpoint(tmp_path / "on", 5)
     assert same(ours["model"], theirs["model"]) and same(ours["live"], theirs["live"])
     assert again.results == run.results
+
+
+# -- two ranks -----------------------------------------------------------------------------------------------------
+
+# Saves after the fourth and the sixth iteration: the fifth is one that the uninterrupted run passes by.
+TWO = (*ON, "SOLVER.CHECKPOINT_PERIOD", 4, "DATASETS.TEST", ())
+
+
+def as_rank(folder: Path, loop: str, last: int = -1, resume: bool = False, own: bool = True) -> dict[str, Any]:
+    """What a run leaves on this rank, with the weights after each iteration; nothing where it is stopped.
+
+    last: the iteration before which rank 1 is sent a SIGTERM. own: False is the mistake, to go on with the statistics
+    of the file instead of this rank's own.
+    """
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    usual_update, usual_train_on = Swa.update, Run.train_on
+
+    def update(self, model, iteration):
+        seen[iteration] = {name: value.detach().clone() for name, value in model.named_parameters()}
+        usual_update(self, model, iteration)
+
+    def train_on(self, batch, iteration):
+        if iteration == last and comm.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        usual_train_on(self, batch, iteration)
+
+    with pytest.MonkeyPatch.context() as patch, stopping.listening():
+        patch.setattr(Swa, "update", update)
+        patch.setattr(Run, "train_on", train_on)
+        if not own:
+            patch.setattr(starting, "take_own_statistics", lambda networks, of_ranks: None)
+        try:
+            run, _ = run_in_process(loop, tiny_cfg(folder, *TWO), resume=resume)
+        except stopping.Stopped:
+            return {}
+    return {"start": run.start_iter, "mean": run.network.state_dict(), "live": run.model.state_dict(), "seen": seen}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The folder of a run on two ranks, and what it left on each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return folder / "run", on_ranks(2, as_rank, folder / "found", folder / "run", "plain")
+
+
+def test_both_ranks_have_the_mean_of_the_weights_that_are_due(ranks):
+    folder, (first, second) = ranks
+    assert all(same(first[name], second[name]) for name in ("mean", "live"))
+    assert all(same(first["seen"][iteration], second["seen"][iteration]) for iteration in range(6))
+    assert same(read_checkpoint(folder / "model_final.pth")["model"], first["mean"])
+
+    def fits(*iterations: int) -> bool:
+        weights = [first["seen"][iteration] for iteration in iterations]
+        means = {name: sum(each[name].double() for each in weights) / len(weights) for name in weights[0]}
+        return all(torch.allclose(first["mean"][name].double(), means[name], rtol=1e-6, atol=1e-7) for name in means)
+
+    assert fits(3, 5)
+    assert not any(fits(*others) for others in [(5,), (3,), (4, 5), (1, 3, 5), (2, 3, 4, 5)])
+
+
+def test_the_statistics_are_those_of_the_mean_over_the_samples_of_both_ranks(ranks, tmp_path):
+    """Each rank normalises its half of a batch by itself; what counts are the values of both."""
+    run = Run(*finalize(tiny_cfg(tmp_path / "judge", *TWO, "SOLVER.MAX_ITER", 2)))
+    run.model.load_state_dict(ranks[1][0]["mean"])
+    found, network, inputs = statistics(run.model), run.model.eval(), {}
+    for name, norm in norms_of(network).items():
+        norm.train()
+        inputs[name] = []
+        norm.register_forward_pre_hook(lambda _, given, name=name: inputs[name].append(given[0].double()))
+    with torch.no_grad():
+        for batch in build_train_loader(run.cfg, run.data.train):
+            for half in batch.images.split(4):
+                network(half)
+
+    def over(parts: slice):
+        columns = {name: torch.cat(each[parts]).transpose(0, 1).flatten(1) for name, each in inputs.items()}
+        return {name: torch.stack([c.mean(1), c.var(1, unbiased=False)]) for name, c in columns.items()}
+
+    assert {len(each) for each in inputs.values()} == {4}
+    assert close(found, over(slice(None)))
+    assert not close(found, over(slice(0, None, 2))) and not close(found, over(slice(1, None, 2)))
+
+
+def again(folder: Path, to: Path, loop: str, own: bool = True) -> list[dict[str, Any]]:
+    """What the run in ``folder`` leaves on each rank when it goes on, in a copy."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("model_final*", ".lock"))
+    return on_ranks(2, as_rank, to.with_name(f"{to.name}_found"), to, loop, -1, True, own)
+
+
+def same_end(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str) -> bool:
+    return all(same(one[name], other[name]) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_two_ranks_killed_behind_a_save_end_the_same(ranks, tmp_path):
+    folder, straight = ranks
+    found = again(folder, tmp_path / "run", "builtin")
+    assert [(each["start"], list(each["seen"])) for each in found] == [(4, [4, 5])] * 2
+    assert same_end(found, straight, "mean") and same_end(found, straight, "live")
+
+
+def stopped(folder: Path, last: int) -> dict[str, Any]:
+    """The checkpoint that a signal has two ranks write after iteration ``last``."""
+    assert on_ranks(2, as_rank, folder.with_name("found"), folder, "builtin", last) == [{}, {}]
+    return read_checkpoint(folder / f"model_{last:07d}.pth")
+
+
+def test_two_ranks_stopped_at_a_save_make_up_for_the_statistics_of_the_mean(ranks, tmp_path):
+    content = stopped(tmp_path / "run", 3)
+    whole = read_checkpoint(ranks[0] / "model_0000003.pth")
+    differ = {name for name, value in whole["model"].items() if not torch.equal(content["model"][name], value)}
+    assert differ and all("running" in name for name in differ) and content["evaluation_due"]
+    found = again(tmp_path / "run", tmp_path / "again", "plain")
+    assert same(read_checkpoint(tmp_path / "again" / "model_0000003.pth")["model"], whole["model"])
+    assert [each["start"] for each in found] == [4, 4]
+    assert same_end(found, ranks[1], "mean") and same_end(found, ranks[1], "live")
+
+
+def test_two_ranks_stopped_behind_a_save_go_on_with_their_own_statistics(ranks, tmp_path):
+    assert len(stopped(tmp_path / "run", 4)["statistics_of_ranks"]) == 2
+    found = again(tmp_path / "run", tmp_path / "again", "plain")
+    assert [each["start"] for each in found] == [5, 5]
+    assert same_end(found, ranks[1], "mean") and same_end(found, ranks[1], "live")
+    assert not same_end(again(tmp_path / "run", tmp_path / "wrong", "plain", own=False), ranks[1], "live")

@@ -24,7 +24,7 @@ import imgcls
 from imgcls.commands import search, train, trial
 from imgcls.commands.search_space import Choices, Range, own_values, read_space
 from imgcls.config import load_config
-from imgcls.engine.output_dir import claim, release
+from imgcls.engine.output.output_dir import claim, release
 
 FORK = multiprocessing.get_context("fork")
 CONFIG = "quick/digits_mobilenet_v1.yaml"
@@ -92,7 +92,9 @@ def sweep_words(tmp_path: Path, space: Path, *words: object) -> tuple[object, ..
 # -- trials and what becomes of them ---------------------------------------------------------------------------------
 
 
-def test_a_sweep(tool: Callable[..., Any], fake: Callable[..., None], tmp_path: Path) -> None:
+def test_no_fate_of_a_trial_ends_the_sweep_and_the_best_one_is_written(
+    tool: Callable[..., Any], fake: Callable[..., None], tmp_path: Path
+) -> None:
     """Every fate occurs: finished, pruned, failed, out of memory, killed. None of them ends the sweep."""
     fake()
     fates = ["SGD", "Adagrad", "Lion", "RMSprop", "LARS"]
@@ -167,7 +169,9 @@ def test_jobs_run_side_by_side(
     assert {line[0].split()[1] for line in lines} == ({"4"} if jobs == 3 else {"None"})
 
 
-def test_no_trial_came_to_its_end(tool: Callable[..., Any], fake: Callable[..., None], tmp_path: Path) -> None:
+def test_a_sweep_of_which_no_trial_came_to_its_end_fails(
+    tool: Callable[..., Any], fake: Callable[..., None], tmp_path: Path
+) -> None:
     fake()
     space = write_space(tmp_path, **LR, SOLVER__OPTIMIZER={"choices": ["Lion", "RMSprop"]})
     done = tool(*sweep_words(tmp_path, space, "--trials", 3))
@@ -281,7 +285,12 @@ def test_a_killed_sweep_goes_on_where_its_training_was(tool: Callable[..., Any],
 # -- the search space ------------------------------------------------------------------------------------------------
 
 
-def test_a_space(tmp_path: Path) -> None:
+def test_a_space_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no such file: got 'gone\.yaml'; .*; change --space"):
+        read_space("gone.yaml")
+
+
+def test_a_space_is_read_as_ranges_and_choices(tmp_path: Path) -> None:
     file = tmp_path / "space.yaml"
     file.write_text(
         "SOLVER:\n  BASE_LR: [1e-3, 1, log]\n  MAX_ITER: [10, 500, log, int]\n"
@@ -325,7 +334,7 @@ def test_a_space(tmp_path: Path) -> None:
         ("{choices: [0.1, high]}", "the value has the wrong type: got 'high'"),
     ],
 )
-def test_mistakes_in_a_space(row: str, message: str, tool: Callable[..., Any], tmp_path: Path) -> None:
+def test_mistakes_in_a_space_are_one_line(row: str, message: str, tool: Callable[..., Any], tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(f"SOLVER.BASE_LR: {row}\n")
     done = tool(*sweep_words(tmp_path, space))
@@ -344,7 +353,7 @@ def test_mistakes_in_a_space(row: str, message: str, tool: Callable[..., Any], t
         (LR, ("--trails", "3"), "did you mean --trials?"),
     ],
 )
-def test_mistakes(
+def test_mistakes_in_a_command_are_one_line(
     space: dict[str, Any], words: tuple[str, ...], message: str, tool: Callable[..., Any], tmp_path: Path
 ) -> None:
     done = tool(*sweep_words(tmp_path, write_space(tmp_path, **space), *words))
@@ -363,7 +372,9 @@ def test_a_sweep_does_not_go_on_as_another(tool: Callable[..., Any], fake: Calla
     assert (tmp_path / "sweep" / "trials.csv").read_bytes() == before
 
 
-def test_without_optuna(tool: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_optuna_it_says_what_to_install(
+    tool: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     done = tool(*sweep_words(tmp_path, write_space(tmp_path, **LR)))
     assert done.returncode == 2 and "pip install 'imgcls[sweep]'" in done.stderr

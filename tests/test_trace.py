@@ -9,6 +9,8 @@ import pytest
 from test_loops import run_in_process
 
 from imgcls.data import Loader
+from imgcls.engine import Run, finalize
+from imgcls.engine.replay import replay
 
 SHORT = ("DATALOADER.NUM_WORKERS", 0, "DATASETS.TEST", (), "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 2)
 
@@ -44,7 +46,19 @@ def test_the_lines_are_the_batches_and_go_on_after_a_resume(loop, classifier_cfg
     shutil.rmtree(folder)
 
 
-def test_another_file_is_left_alone(classifier_cfg, tmp_path):
+def test_a_replay_leaves_it_alone(classifier_cfg, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    cfg = classifier_cfg("mobilenet_v1_0.25", *SHORT, "DATALOADER.TRACE", str(path))
+    run_in_process("plain", cfg)
+    whole = lines(path)
+    found = replay(Run(*finalize(cfg)), tmp_path / "run/model_0000003.pth")
+    assert found["iteration"] == 4 and found["samples"] == whole[4]["ids"][0]
+    with pytest.raises(ValueError, match=r"there is no iteration 6 to take again: .* SOLVER\.MAX_ITER is 6"):
+        replay(Run(*finalize(cfg)), tmp_path / "run/model_final.pth")
+    assert lines(path) == whole and len(whole) == 6
+
+
+def test_a_file_that_is_no_trace_is_left_alone(classifier_cfg, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("not a trace\n")
     cfg = classifier_cfg("mobilenet_v1_0.25", *SHORT, "DATALOADER.TRACE", str(path))

@@ -37,7 +37,7 @@ def run_with_fake_python(
 
 
 @pytest.mark.parametrize("tool", ["train_net", "train_net_builtin"])
-def test_one_machine(tool: str, tmp_path: Path) -> None:
+def test_on_one_machine_torchrun_stands_alone(tool: str, tmp_path: Path) -> None:
     told = start(tool, tmp_path, "my config.yaml", "--resume", "SOLVER.BASE_LR", "0.1", NPROC="2")
     assert told.stdout.splitlines() == [
         "-m",
@@ -71,7 +71,7 @@ def test_several_machines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tool", ["train_net", "train_net_builtin"])
-def test_no_arguments(tool: str, tmp_path: Path) -> None:
+def test_without_arguments_the_usage_is_shown(tool: str, tmp_path: Path) -> None:
     told = start(tool, tmp_path)
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr.startswith("usage: ") and f"{tool}.sh CONFIG" in told.stderr

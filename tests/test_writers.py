@@ -16,9 +16,10 @@ from conftest import lines_of
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
 
-from imgcls.engine import Run, finalize, trackers, train, writers
-from imgcls.engine.trackers import TRACKERS, MLflowTracker, Tracker, WandbTracker, stated
-from imgcls.engine.writers import Metrics, ProgressLine, Tolerant, build_writers, peak_memory
+from imgcls.engine import Run, finalize, train
+from imgcls.engine.output import trackers, writers
+from imgcls.engine.output.trackers import TRACKERS, MLflowTracker, Tracker, WandbTracker, stated
+from imgcls.engine.output.writers import Metrics, ProgressLine, Tolerant, build_writers
 
 
 @pytest.fixture
@@ -45,13 +46,6 @@ def test_the_line_of_progress(told: list[str]) -> None:
     line, memory = told[-1].split("  memory ")
     assert line == "iter 40/100  epoch 2.56  loss 0.25  lr 0.1  128 images/s  data 20 %  eta 0:00:30"
     assert re.fullmatch(r"\d+ MB", memory)
-
-
-def test_peak_memory_is_this_processes() -> None:
-    status = Path("/proc/self/status").read_text()
-    expected = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
-    if not writers.torch.cuda.is_available():
-        assert peak_memory() == pytest.approx(expected, rel=0.1)
 
 
 # -- writers that fail -----------------------------------------------------------------------------------------------
@@ -256,7 +250,9 @@ def test_a_package_that_is_absent_is_told_before_training(
         finalize(classifier_cfg("mobilenet_v1_0.25", "SOLVER.WRITERS", ["tensorboard", name]))
 
 
-def test_the_usual_writers(classifier_cfg: Callable[..., CfgNode]) -> None:
+def test_by_default_there_are_a_line_of_progress_metrics_and_tensorboard(
+    classifier_cfg: Callable[..., CfgNode],
+) -> None:
     assert [type(writer) for writer in build_writers(classifier_cfg(), 100)] == [ProgressLine, Tolerant, Tolerant]
 
 

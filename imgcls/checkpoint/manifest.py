@@ -117,7 +117,10 @@ def is_whole(path: Path) -> bool:
         return False
     manifest = read_manifest(path)
     if manifest is not None:
-        return path.stat().st_size == manifest["bytes"] and file_digest(path) == manifest["sha256"]
+        try:
+            return path.stat().st_size == manifest["bytes"] and file_digest(path) == manifest["sha256"]
+        except OSError:  # a disk that cannot read it, or a job that has just deleted it
+            return False
     content = _content(path)
     if content is None:
         return False

@@ -28,7 +28,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False, check_digest: bool 
     """
     path = local_path(path)
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; change MODEL.WEIGHTS or --weights")
+        raise ValueError(f"there is no file {path}; change what names it (MODEL.WEIGHTS, --weights or CHECKPOINT)")
     if check_digest:
         _require_digest(path)
     content = _read(path, mmap)
@@ -102,7 +102,21 @@ def load_weights(
     return report
 
 
+def notes_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its network (architecture, contract, classes); a hand-over file has it under imgcls."""
+    return {**content, **content.get("imgcls", {})}
+
+
+def classifier_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The ``model`` of a checkpoint; of a hand-over file the trunk under ``backbone.``, and the head it carries."""
+    weights = dict(content["model"])
+    if not content.get("matching_heuristics"):
+        return weights
+    return {f"backbone.{name}": tensor for name, tensor in weights.items()} | notes_of(content).get("classifier", {})
+
+
 def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """``tensors`` but for those that count the batches a BatchNorm has seen."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from imgcls.structures import first_line
 
 
 def read_torch(path: Path, *, mmap: bool = False) -> Any:
@@ -18,11 +21,16 @@ def read_torch(path: Path, *, mmap: bool = False) -> Any:
         # Said at the call it wins over TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD; torch's default would not.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a torn or hostile pickle can make the unpickler raise anything
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"cannot read {path}: {first_line}. Either it is torn, or it holds Python objects, which are never "
+            f"cannot read {path}: {_reason(error)}. Either it is torn, or it holds Python objects, which are never "
             "loaded: save plain tensors ({'model': state_dict}) where it was made"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch has against a file, without its advice to load that unsafely all the same."""
+    said = re.search(r"(?:Trying to load unsupported|Unsupported) .+?(?=\. |\.?$)", str(error), re.MULTILINE)
+    return said[0] if said else first_line(error)
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -28,20 +28,22 @@ def write_checkpoint(
     Whatever happens on the way (a kill, a full disk), ``path`` is what it was before, or the new file whole.
     newest: also point ``last_checkpoint`` at it. kept: :func:`prune` is to leave it for good.
     """
-    digest = write_tensors(path, content)
-    manifest = {"sha256": digest, "bytes": path.stat().st_size, "iteration": iteration}
-    if kept:
-        manifest["kept"] = True
-    with whole_file(manifest_path(path)) as file:
-        file.write(json.dumps(manifest).encode())
+    write_manifest(path, write_tensors(path, content), iteration=iteration, kept=kept)
     if newest:
         point_at(path)
 
 
+def write_manifest(path: Path, digest: str, *, iteration: int, kept: bool = False) -> None:
+    """Write the manifest of the checkpoint ``path``; digest: its SHA-256. The rest: :func:`write_checkpoint`."""
+    manifest = {"sha256": digest, "bytes": path.stat().st_size, "iteration": iteration}
+    if kept:
+        manifest["kept"] = True
+    write_whole(manifest_path(path), json.dumps(manifest))
+
+
 def point_at(path: Path) -> None:
     """Have ``last_checkpoint`` name the checkpoint ``path``, which lies beside it."""
-    with whole_file(path.with_name(POINTER)) as file:
-        file.write(path.name.encode())
+    write_whole(path.with_name(POINTER), path.name)
 
 
 def write_tensors(path: Path, content: Mapping[str, Any]) -> str:
@@ -83,6 +85,12 @@ def whole_file(path: Path, *, goes_first: Path | None = None) -> Iterator[IO[byt
         # A file system that became read-only has its own way of saying that there is no such file.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """``text``, in UTF-8, as a :func:`whole_file` in the place of ``path``."""
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 class _HashingFile(io.RawIOBase):

@@ -16,10 +16,10 @@ import torch
 from detectron2.utils import comm
 
 from imgcls.data.workers import is_worker_end, worker_error
-from imgcls.engine.memory import is_out_of_memory, out_of_memory
+from imgcls.engine.machine.memory import is_out_of_memory, out_of_memory
 
 CONFIG_ENDINGS = (".yaml", ".yml")
-DATA_PARALLEL = "--data-parallel"
+DATA_PARALLEL, NUM_GPUS = "--data-parallel", "--num-gpus"
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,9 +64,9 @@ def training_parser(description: str) -> Parser:
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
     parser.add_argument(
-        "--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (not read under torchrun)"
+        NUM_GPUS, type=_count, default=1, metavar="N", help="processes on this machine (not read under torchrun)"
     )
-    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines in all")
+    parser.add_argument("--num-machines", type=_count, default=1, metavar="N", help="machines in all")
     parser.add_argument("--machine-rank", type=int, default=0, metavar="K", help="this machine's number")
     parser.add_argument(
         "--dist-url", default="auto", metavar="URL", help="where the processes meet, e.g. tcp://10.0.0.1:29500"
@@ -79,6 +79,12 @@ def training_parser(description: str) -> Parser:
         help="a process that does not answer the others for so long ends them all (default 300)",
     )
     return parser
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number above 0")
+    return int(word)
 
 
 def _seconds(word: str) -> float:
@@ -98,7 +104,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     word only if that is a checkpoint, so that ``--resume KEY VALUE`` stays what it looks like.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if DATA_PARALLEL in argv and "--num-gpus" in parser._option_string_actions:
+    if DATA_PARALLEL in argv and NUM_GPUS in parser._option_string_actions:
         parser.exit(2, f"error: one process for several GPUs is not offered; type: {_torchrun_line(argv)}\n")
     options, words = _sorted_out(parser, argv)
     for word in words[::2]:
@@ -153,11 +159,14 @@ def _is_checkpoint(word: str) -> bool:
 
 
 def _torchrun_line(argv: Sequence[str]) -> str:
-    """The command without ``--data-parallel``, as one process a GPU."""
-    processes, words = max(2, torch.cuda.device_count()), [word for word in argv if word != DATA_PARALLEL]
+    """The command without ``--data-parallel``, as so many processes as ``--num-gpus`` says, or as one a GPU."""
+    replaced = Parser(add_help=False, allow_abbrev=False)
+    replaced.add_argument(DATA_PARALLEL, action="store_true")
+    replaced.add_argument(NUM_GPUS, type=_count, default=max(2, torch.cuda.device_count()))
+    args, words = replaced.parse_known_args(argv)
     # "imgcls train" is what python -m imgcls train calls itself.
     program = ["-m", *sys.argv[0].split()] if sys.argv[0].startswith("imgcls ") else [sys.argv[0]]
-    return shlex.join(["torchrun", "--standalone", f"--nproc_per_node={processes}", *program, *words])
+    return shlex.join(["torchrun", "--standalone", f"--nproc_per_node={args.num_gpus}", *program, *words])
 
 
 def one_line_errors(work: Callable[..., Any]) -> Callable[..., Any]:

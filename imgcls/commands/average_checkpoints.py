@@ -70,6 +70,7 @@ def with_new_statistics(content: dict[str, Any], configs: Sequence[Path]) -> dic
 
 
 def configs_of(args: argparse.Namespace, checkpoint: Path) -> list[Path]:
+    """Those of ``--config-file``, otherwise the config.yaml beside ``checkpoint``; a ``ValueError`` without either."""
     beside = checkpoint.with_name("config.yaml")
     if not args.config_file and not beside.is_file():
         raise ValueError(f"there is no {beside}; give the run's config as --config-file")

@@ -27,10 +27,10 @@ from imgcls.commands.benchmark_data import machine
 from imgcls.commands.paired import Estimate, median_of_ratios
 from imgcls.config import get_config
 from imgcls.engine import Data, finalize
-from imgcls.engine.batch_size import fresh_processes
-from imgcls.engine.cpu_settings import decide_cpu_settings
-from imgcls.engine.made_up import made_up_batch, made_up_data
-from imgcls.engine.memory import MIB, peak_resident
+from imgcls.engine.machine.cpu_settings import decide_cpu_settings
+from imgcls.engine.machine.memory import MIB, peak_resident
+from imgcls.engine.measuring.batch_size import fresh_processes
+from imgcls.engine.measuring.made_up import made_up_batch, made_up_data
 from imgcls.modeling import family_of
 from imgcls.structures import Problem
 
@@ -214,7 +214,7 @@ def _described(rows: Sequence[Row], steps: int, batch: int) -> list[dict[str, An
         # Of loops the question is how much longer they take; of settings how many times faster they are.
         faster = row.name == CHOSEN
         base = last if faster else first
-        ratio = median_of_ratios(last.seconds, row.seconds) if faster else median_of_ratios(row.seconds, base.seconds)
+        ratio = median_of_ratios(base.seconds, row.seconds) if faster else median_of_ratios(row.seconds, base.seconds)
         extra = [(ours - theirs) / steps for ours, theirs in zip(row.seconds, base.seconds, strict=True)]
         found.append(
             {

@@ -23,8 +23,8 @@ from imgcls.config import find_config, load_config
 from imgcls.data import HoldOut, Source, open_sources
 from imgcls.data import inspection as look
 from imgcls.data.inspection import NOTE, SERIOUS, SEVERITIES, WARNING, Finding, Survey
+from imgcls.engine.measuring.speed import Speed, measure_speed
 from imgcls.engine.setup import Data, decide, sound
-from imgcls.engine.speed import Speed, measure_speed
 from imgcls.modeling import is_classifier
 from imgcls.structures import Problem
 

@@ -89,13 +89,16 @@ def _content(line: str) -> dict[str, Any] | None:
 def chosen(runs: Sequence[Recorded], names: Sequence[str]) -> dict[str, list[str]]:
     """For each name asked for, or for each usual one, the full names of its metrics in the runs."""
     known = list(dict.fromkeys(name for run in runs for name in run.curves))
+    if not known:
+        what, allowed = "metrics.json has no line that can be read", "a run that has logged something"
+        raise Problem(what, ", ".join(run.name for run in runs), allowed, "RUN").error()
     found = {name: _meant(name, known) for name in names or USUAL}
     missing = [name for name, metrics in found.items() if not metrics]
     if names and missing:
         raise Problem("no run has this metric", missing[0], ", ".join(known), "--metrics").error()
     if not any(found.values()):
         what = "the runs have none of the usual metrics"
-        raise Problem(what, ", ".join(run.name for run in runs), ", ".join(known) or "longer runs", "--metrics").error()
+        raise Problem(what, ", ".join(run.name for run in runs), ", ".join(known), "--metrics").error()
     return {name: metrics for name, metrics in found.items() if metrics}
 
 

@@ -16,6 +16,7 @@ from imgcls.config import find_config, load_config, require_sound, resolve_durat
 from imgcls.data import open_sources
 from imgcls.solver import build_schedule
 from imgcls.solver.schedules import SCHEDULES
+from imgcls.structures import Problem
 
 Curve = list[tuple[float, float]]  # (epoch, learning rate)
 
@@ -99,19 +100,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"cannot write a picture as {output.suffix or output}; allowed: .png, .svg, .pdf, .csv; change --output"
         )
+    if args.images < 0:
+        raise Problem("there are no images to train on", args.images, "1 or more, or 0: count them", "--images").error()
     curves: dict[str, Curve] = {}
-    for files in args.config_file:
+    for files, title in zip(args.config_file, _titles(args.config_file), strict=True):
         for name in _names(args.schedules):
             chosen = ["SOLVER.LR_SCHEDULER_NAME", name] if name else []
             cfg = load_config([find_config(file) for file in files], [*args.opts, *chosen])
             require_sound(cfg)
-            label = name or f"{' + '.join(Path(file).stem for file in files)} ({cfg.SOLVER.LR_SCHEDULER_NAME})"
+            schedule = cfg.SOLVER.LR_SCHEDULER_NAME
+            label = name if name and len(args.config_file) == 1 else f"{title} ({schedule})"
             curves[label] = curve(cfg, args.images or _count(cfg))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_csv(curves, output) if output.suffix == ".csv" else draw(curves, output)
     rows = [(name, *_landmarks(points)) for name, points in curves.items()]
     print(tabulate(rows, ("schedule", "first", "largest", "at epoch", "last", "epochs"), disable_numparse=True))
     print(f"{output}: {len(curves)} curve{'s' if len(curves) > 1 else ''}")
+
+
+def _titles(configs: Sequence[Sequence[str]]) -> list[str]:
+    """What each curve's configs are called: by their names, or by their paths where that would be the same twice."""
+    short = [" + ".join(Path(file).stem for file in files) for files in configs]
+    long = [" + ".join(files) for files in configs]
+    return [name if short.count(name) == 1 else path for name, path in zip(short, long, strict=True)]
 
 
 def _names(words: str) -> list[str]:

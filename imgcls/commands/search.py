@@ -19,7 +19,7 @@ import torch
 
 from imgcls.commands.search_space import Dimension, overrides
 from imgcls.commands.trial import LEAVE_WITHIN, Training
-from imgcls.engine.output_dir import claim, release
+from imgcls.engine.output.output_dir import claim, release
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -79,6 +79,8 @@ def as_text(value: Any) -> str:
 
 def read_space(path: str | Path) -> list[Dimension]:
     """The dimensions of the YAML at ``path``, in its order; a mistake is a ``ValueError`` in four parts."""
+    if not Path(path).is_file():
+        raise Problem("there is no such file", str(path), "a YAML with the search space", "--space").error()
     rows = dict(_rows(read_yaml(path)))
     if not rows:
         raise Problem("the search space is empty", str(path), "lines KEY: [low, high]", "--space").error()

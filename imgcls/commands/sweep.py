@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +19,15 @@ import yaml
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from imgcls.checkpoint import write_whole
 from imgcls.commands.arguments import add_config_file, one_line_errors, overriding_parser, parse
 from imgcls.commands.recipe import training_config
 from imgcls.commands.search import Search, ranked, shown
 from imgcls.commands.search_space import Dimension, overrides, own_values, read_space, require_fitting, value_at
 from imgcls.config import load_config
 from imgcls.config.yaml_reading import read_yaml, walk
-from imgcls.engine.output_dir import claim
-from imgcls.engine.run import COSTS
+from imgcls.engine.early_stop import COSTS
+from imgcls.engine.output.output_dir import claim
 from imgcls.engine.setup import sound
 from imgcls.structures import Problem
 
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _require_optuna() -> None:
+    """Say what to install. It is an extra, and so imported where it is used."""
     try:
         import optuna
     except ImportError as error:
@@ -123,7 +124,7 @@ def _write_base(cfg: CfgNode, folder: Path) -> Path:
     """``base.yaml``, once; a sweep goes on with the config that it began with, or not at all."""
     base = folder / BASE
     if not (folder / DATABASE).exists():
-        _write_whole(base, cfg.dump())
+        write_whole(base, cfg.dump())
         return base
     before, now = dict(walk(read_yaml(base))), dict(walk(yaml.safe_load(cfg.dump())))
     changed = [key for key, value in now.items() if not isinstance(value, dict) and before.get(key) != value]
@@ -187,7 +188,7 @@ def write_best(study: Study, base: Path) -> None:
             node = node.setdefault(group, {})
         node[leaf] = list(value) if isinstance(value := value_at(ours, key), tuple) else value
     text = f"# Trial {best.number} of a sweep with {len(study.trials)} trials: {best.value:.4f}.\n"
-    _write_whole(base.with_name(BEST), text + yaml.safe_dump(tree, sort_keys=False))
+    write_whole(base.with_name(BEST), text + yaml.safe_dump(tree, sort_keys=False))
 
 
 def write_table(study: Study, space: list[Dimension], file: Path) -> None:
@@ -201,7 +202,7 @@ def write_table(study: Study, space: list[Dimension], file: Path) -> None:
         row = (trial.number, trial.state.name.lower(), trial.value, len(trial.intermediate_values))
         values = (trial.params.get(key) for key in keys)
         writer.writerow((*row, seconds and f"{seconds:.1f}", *values, trial.user_attrs.get("reason", "")))
-    _write_whole(file, lines.getvalue())
+    write_whole(file, lines.getvalue())
 
 
 def summary(study: Study, space: list[Dimension]) -> str:
@@ -220,13 +221,6 @@ def summary(study: Study, space: list[Dimension]) -> str:
     ]
     table = tabulate(rows, ("trial", "value", *keys), disable_numparse=True)
     return "\n".join([table, f"{len(states)} trials: {counts}", *failures])
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """All of it or nothing, whenever the process is killed."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
 
 
 @contextmanager

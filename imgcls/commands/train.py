@@ -17,13 +17,15 @@ from detectron2.utils import comm
 from imgcls.checkpoint import checkpoint_to_resume
 from imgcls.commands.arguments import one_line_errors, parse, training_parser
 from imgcls.commands.recipe import training_config
-from imgcls.engine import ClsTrainer, Run, finalize, setup, start_log, stopping, train
-from imgcls.engine.batch_size import advice_of, trials
-from imgcls.engine.batch_size import told as told_trial
-from imgcls.engine.cpu_settings import take_over, undecided
-from imgcls.engine.distributed import launch
-from imgcls.engine.replay import replay, told
-from imgcls.engine.tuning import tune
+from imgcls.engine import ClsTrainer, Run, finalize, setup, start_log, train
+from imgcls.engine.machine.cpu_settings import take_over, undecided
+from imgcls.engine.measuring.batch_size import advice_of, trials
+from imgcls.engine.measuring.batch_size import told as told_trial
+from imgcls.engine.measuring.tuning import tune
+from imgcls.engine.ranks import stopping
+from imgcls.engine.ranks.distributed import launch
+from imgcls.engine.replay import replay
+from imgcls.engine.replay import told as told_replay
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def work(args: argparse.Namespace) -> None:
         cfg.MODEL.WEIGHTS = str(checkpoint_to_resume(args.resume, Path(cfg.OUTPUT_DIR)) or cfg.MODEL.WEIGHTS)
     if args.replay:
         cfg.SOLVER.PARALLEL = "ddp"  # the file is the same, and gradients can be looked at whole
-        print(told(replay(Run(*finalize(cfg)), Path(args.replay))))
+        print(told_replay(replay(Run(*finalize(cfg)), Path(args.replay))))
         return
     if args.tune:
         _tune(cfg, args)
@@ -96,7 +98,7 @@ def _find_batch_size(args: argparse.Namespace) -> None:
     cfg.SOLVER.IMS_PER_BATCH = args.num_gpus * max(2, cfg.SOLVER.IMS_PER_BATCH // args.num_gpus)
     cfg, data = finalize(cfg)
     found = []
-    for trial in trials(cfg, data, ranks=args.num_gpus, most=len(data.train or ()) // args.num_gpus):
+    for trial in trials(cfg, data, ranks=args.num_gpus, most=data.images // args.num_gpus):
         found.append(trial)
         print(told_trial(trial), flush=True)
     ranks = args.num_gpus * args.num_machines
@@ -121,7 +123,7 @@ def print_results(results: dict[str, Any]) -> None:
             print(f"{task}/{name} {value:.4f}")
 
 
-def _judge(cfg: Any, results: dict[str, Any]) -> None:
+def _judge(cfg: CfgNode, results: dict[str, Any]) -> None:
     """Print the results; exit with 1 when they miss what the config's file expects of its own run."""
     if not comm.is_main_process():
         return

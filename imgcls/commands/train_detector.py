@@ -21,8 +21,8 @@ from imgcls.commands.train import print_results
 from imgcls.config import find_config, load_config, require_sound
 from imgcls.engine import describe, start_log
 from imgcls.engine.detector import DETECTOR_STATE, DetectorTrainer, register_detection_sets
-from imgcls.engine.distributed import first_rank_does, launch, wrap_for_ranks
-from imgcls.engine.output_dir import claim
+from imgcls.engine.output.output_dir import claim
+from imgcls.engine.ranks.distributed import first_rank_does, launch, wrap_for_ranks
 from imgcls.engine.setup import decide_device
 
 

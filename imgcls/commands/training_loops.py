@@ -20,6 +20,7 @@ from imgcls.engine import ClsTrainer, Data, Run, train
 from imgcls.modeling import ClsNet
 from imgcls.solver import build_optimizer
 from imgcls.structures import Batch
+from imgcls.transfer.references import require
 
 # Takes the batches of a block.
 Loop = Callable[[], None]
@@ -157,8 +158,7 @@ def timm_loop(cfg: CfgNode, data: Data, feed: Feed) -> Loop:
         cfg.defrost()
         cfg.MODEL.CHANNELS_LAST = False
         return _timm_loop(cfg, _Logits(_network(cfg)), feed, None)
-    import timm
-
+    timm = require("timm")
     size = {"img_size": cfg.INPUT.TRAIN_SIZE} if name.startswith("vit") else {}
     torch.manual_seed(mix(cfg.SEED, -1))
     model = timm.create_model(name, num_classes=cfg.MODEL.HEAD.NUM_CLASSES, **size)
@@ -175,6 +175,7 @@ def timm_name(cfg: CfgNode) -> str:
 
 def _timm_loop(cfg: CfgNode, model: nn.Module, feed: Feed, amp_dtype: torch.dtype | None) -> Loop:
     """Normalised pictures, loss, optimizer, running mean of the loss and schedule are timm's, as train.py has them."""
+    require("timm")  # an extra; absent, this says what to install
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler

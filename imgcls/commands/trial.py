@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -10,15 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from imgcls.config.yaml_reading import read_yaml
+from imgcls.engine.ranks.launching import end_with
 
 TRAIN = (sys.executable, "-m", "imgcls", "train")
 LEAVE_WITHIN = 40.0  # seconds from SIGTERM, in which a training saves, to SIGKILL
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|MemoryError|bad_alloc", flags=re.IGNORECASE)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Training:
@@ -46,6 +46,7 @@ class Training:
             )
 
     def running(self) -> bool:
+        """Whether it has not ended yet."""
         return self._process.poll() is None
 
     def evaluations(self) -> list[float]:
@@ -109,12 +110,5 @@ def _whole_lines(file: Path) -> list[dict[str, float]]:
 
 
 def _end_with_parent() -> Callable[[], None] | None:
-    """What has the kernel send a child SIGTERM when the sweep is killed; None where that is not known."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-
-    return ask
+    """What has the kernel tell a child to save and end when the sweep is killed; None where no kernel does that."""
+    return partial(end_with, os.getpid(), signal.SIGTERM) if sys.platform.startswith("linux") else None

@@ -278,9 +278,10 @@ def config_root() -> Path:
 
 
 def list_configs() -> list[str]:
-    """The packaged YAML files by the names that `get_config` takes."""
+    """The packaged configs by the names that `get_config` takes; search spaces (``sweeps/``) are none."""
     root = config_root()
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
+    return [name for name in names if not name.startswith("sweeps/")]
 
 
 def get_config(name: str, overrides: Sequence[Any] = ()) -> CfgNode:

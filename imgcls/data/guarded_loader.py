@@ -14,6 +14,9 @@ from imgcls.data.workers import end, is_of_a_transform, kill, worker_error
 
 logger = logging.getLogger(__name__)
 
+# How torch begins to say that its own timeout has passed; there is no exception for it.
+TIMED_OUT = "DataLoader timed out"
+
 
 class BadFiles:
     """The files of a set that could not be read, by name: each is said once, and too many end the run.
@@ -84,8 +87,7 @@ class Loader:
         watch = Watch(1.1 * self.loader.timeout, lambda: kill(processes))
         try:
             while True:
-                with watch:
-                    packed = next(workers, None)
+                packed = _awaited(workers, watch)
                 if packed is None:
                     break
                 yield packed
@@ -101,3 +103,14 @@ class Loader:
             if not whole:
                 # Ends workers that were to persist; when the garbage collector does, it waits 5 seconds for each.
                 self.loader._iterator = None
+
+
+def _awaited(workers: Iterator[Packed], watch: Watch) -> Packed | None:
+    """What the workers send next, None at the end; torch's timeout is no word against them if we slept through it."""
+    while True:
+        with watch:
+            try:
+                return next(workers, None)
+            except RuntimeError as error:
+                if not (str(error).startswith(TIMED_OUT) and watch.stood_still()):
+                    raise

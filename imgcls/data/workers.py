@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,7 +25,15 @@ def start_worker(worker: int) -> None:
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-        threading.Thread(target=_end_for, args=(os.getppid(),), name="watch over parent", daemon=True).start()
+        threading.Thread(target=_end_for, args=(_parent(),), name="watch over parent", daemon=True).start()
+
+
+def _parent() -> int:
+    """The process that has started this one, which may be gone by now: its own word for its parent would be another."""
+    started_by = multiprocessing.parent_process()
+    if started_by is None or started_by.pid is None or multiprocessing.get_start_method() == "forkserver":
+        return os.getppid()
+    return started_by.pid
 
 
 def _end_for(parent: int) -> None:
@@ -47,7 +56,8 @@ def end(processes: list[Any]) -> None:
     """:func:`kill`, and wait until they are gone."""
     # torch's signal handler would complain of the very deaths that are wanted here; only the main thread has it.
     in_main = threading.current_thread() is threading.main_thread()
-    usual = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    # Not SIG_DFL: Python complains of a signal that came before and finds no function now.
+    usual = signal.signal(signal.SIGCHLD, lambda *_: None) if in_main else None
     try:
         kill(processes)
         for process in processes:

@@ -35,11 +35,11 @@ def _last_parts(names: Sequence[str]) -> list[str]:
     return [str(name).rpartition("/")[2] for name in names]
 
 
-Kind = str | Callable[[Any, Any], str]
+Rule = str | Callable[[Any, Any], str]
 
 # Patterns of keys and their kind, or what decides between TOLD and REFUSED from the old and the new value; the first
 # that matches counts. A key that nobody thought of is TOLD.
-POLICY: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+POLICY: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     # The network: weights and moments belong to its tensors.
     (_may_not_switch, ("MODEL.HEAD.AUX_WEIGHT",)),
     (TOLD, ("MODEL.BACKBONE.FREEZE_AT", "MODEL.BACKBONE.DROP_PATH", "MODEL.BACKBONE.CHECKPOINT", "MODEL.HEAD.DROPOUT")),
@@ -99,9 +99,9 @@ class Change:
         return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
-def kind_of(key: str) -> Kind | None:
+def rule_for(key: str) -> Rule | None:
     """What the first fitting row of :data:`POLICY` says; None: no row speaks of ``key``."""
-    return next((kind for kind, patterns in POLICY if any(fnmatchcase(key, one) for one in patterns)), None)
+    return next((rule for rule, patterns in POLICY if any(fnmatchcase(key, one) for one in patterns)), None)
 
 
 def changes(cfg: CfgNode, content: Mapping[str, Any], *, images: int) -> list[Change]:
@@ -121,7 +121,7 @@ def changes(cfg: CfgNode, content: Mapping[str, Any], *, images: int) -> list[Ch
     done = int(content["iteration"]) + 1
     for key, new in _plain(present).items():
         if key in old and old[key] != new:
-            found.append(Change(key, old[key], new, _kind(key, old[key], new, done)))
+            found.append(Change(key, old[key], new, _kind_of(key, old[key], new, done)))
     return found
 
 
@@ -129,11 +129,11 @@ def _plain(text: str) -> dict[str, Any]:
     return {key: value for key, value in walk(parse_yaml(text, "the config")) if not isinstance(value, dict)}
 
 
-def _kind(key: str, old: Any, new: Any, done: int) -> str:
+def _kind_of(key: str, old: Any, new: Any, done: int) -> str:
     if key == "SOLVER.MAX_ITER" and new < done:
         return REFUSED
-    kind = kind_of(key)
-    return kind(old, new) if callable(kind) else kind or TOLD
+    rule = rule_for(key)
+    return rule(old, new) if callable(rule) else rule or TOLD
 
 
 def with_what_was_decided(cfg: CfgNode, content: Mapping[str, Any]) -> CfgNode:

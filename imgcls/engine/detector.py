@@ -16,7 +16,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from imgcls.checkpoint import Resume, SafeCheckpointer, set_aside_newer
 from imgcls.config import register_check
 from imgcls.data.datasets.coco import PREFIX, count_categories, register_coco_names
-from imgcls.engine.distributed import first_rank_does
+from imgcls.engine.ranks.distributed import first_rank_does
 from imgcls.modeling import is_classifier
 from imgcls.structures import Problem
 

@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from imgcls.config import register_check
+from imgcls.modeling import is_classifier
 from imgcls.structures import Problem
 
 # Of TEST.METRIC: the smaller the better.
@@ -68,7 +69,7 @@ class EarlyStop:
 @register_check
 def check_early_stop(cfg: CfgNode) -> list[Problem]:
     """Patience is counted in evaluations, so there must be some before the end."""
-    if cfg.MODEL.META_ARCHITECTURE != "ClsNet" or not cfg.SOLVER.EARLY_STOP.PATIENCE:
+    if not is_classifier(cfg) or not cfg.SOLVER.EARLY_STOP.PATIENCE:
         return []
     if cfg.DATASETS.TEST and (cfg.TEST.EVAL_PERIOD or cfg.TEST.EVAL_EPOCHS):
         return []

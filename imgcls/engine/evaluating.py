@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from imgcls.data import Loader, build_test_loader
-from imgcls.engine import stopping
 from imgcls.engine.early_stop import COSTS
+from imgcls.engine.ranks import stopping
 from imgcls.engine.setup import Data
 from imgcls.evaluation import (
     ClassificationEvaluator,
@@ -45,7 +45,7 @@ class Evaluating:
             return {}
         if self._loader is None:
             self._loader = build_test_loader(self._cfg, test)
-        self._evaluator = evaluator or self._new_evaluator(network)
+        self._evaluator = evaluator or self._new_evaluator(network, len(test))
         results: dict[str, Any] = evaluate(network, self._loader, self._evaluator, leave=stopping.asked)
         if not results:
             logger.info("%s: the evaluation was cut short by a signal", test.name)
@@ -54,11 +54,11 @@ class Evaluating:
         logger.info("%s: %s", test.name, told)
         return results
 
-    def _new_evaluator(self, network: Any) -> LogitsEvaluator:
-        expected, classes = len(self._data.test), len(self._data.classes)  # type: ignore[arg-type]
+    def _new_evaluator(self, network: Any, images: int) -> LogitsEvaluator:
+        classes = len(self._data.classes)
         if network.multi_label:
-            return MultiLabelEvaluator(expected, classes, network.thresholds)
-        return ClassificationEvaluator(expected, classes)
+            return MultiLabelEvaluator(images, classes, network.thresholds)
+        return ClassificationEvaluator(images, classes)
 
     def class_table(self) -> str:
         """The figures of the single classes in the latest evaluation, to read; empty before one."""

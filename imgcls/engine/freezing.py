@@ -13,9 +13,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from imgcls.config import iterations_for, register_check
-from imgcls.engine.distributed import wrap_for_ranks
+from imgcls.engine.ranks.distributed import wrap_for_ranks
 from imgcls.engine.step import TrainStep, unwrapped
-from imgcls.modeling import ClsNet
+from imgcls.modeling import ClsNet, is_classifier
 from imgcls.structures import Problem
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Freezing:
         self._require_matches(thaws)
         if thaws and all(thaws.values()):
             what, allowed = "every weight is frozen at the start", "rows that leave some out, such as the head's"
-            raise Problem(what, [list(row) for row in rows], allowed, KEY).error()
+            raise Problem(what, [pattern for pattern, _ in rows], allowed, KEY).error()
         self.parameters = {name: thaw for name, thaw in thaws.items() if thaw}
         self.modules = dict(self._frozen_modules(network, {trainable[name]: thaw for name, thaw in thaws.items()}))
         self._boundaries = sorted({thaw for thaw in self.parameters.values() if thaw < NEVER})
@@ -118,7 +118,7 @@ def _names(pattern: str, name: str) -> bool:
 @register_check
 def check_freeze(cfg: CfgNode) -> list[Problem]:
     """The rows of ``SOLVER.FREEZE``; whether a pattern matches is seen when the network is there."""
-    if cfg.MODEL.META_ARCHITECTURE != "ClsNet" or not cfg.SOLVER.FREEZE:
+    if not is_classifier(cfg) or not cfg.SOLVER.FREEZE:
         return []
     allowed = "[pattern of names, epoch that ends it (0: it never ends)]"
     problems = [

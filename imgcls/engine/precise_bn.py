@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,14 @@ def statistics_due(cfg: CfgNode, average: Average | None) -> bool:
     return cfg.TEST.PRECISE_BN.ENABLED or (average is not None and average.begun and average.needs_statistics)
 
 
-def recompute_statistics(cfg: CfgNode, network: nn.Module, source: Source | None, *, iterations: int = 0) -> None:
+def recompute_statistics(
+    cfg: CfgNode,
+    network: nn.Module,
+    source: Source | None,
+    *,
+    iterations: int = 0,
+    leave: Callable[[], object] | None = None,
+) -> bool:
     """Give every BatchNorm of ``network`` the mean and variance of what it sees in ``source``, in place. Collective.
 
     The batches are those of the first ``iterations`` iterations (0: TEST.PRECISE_BN.NUM_ITER), augmented and not mixed,
@@ -33,15 +40,51 @@ def recompute_statistics(cfg: CfgNode, network: nn.Module, source: Source | None
     ranks. The network works as in evaluation (no dropout, full precision); only the BatchNorms look at their batch.
     Frozen ones, and those of auxiliary heads, which evaluation does not use, keep what they have. The variance is that
     of all values of all batches and ranks. The network's mode comes back, and no buffer becomes another tensor.
+
+    leave: asked before each batch; where it says yes, on any rank, nothing changes and the result is False.
     """
     iterations = iterations or cfg.TEST.PRECISE_BN.NUM_ITER
     with _only_norms_training(network) as norms:
         if not norms or source is None:
-            return
-        with _in_place(norms) as used:
-            update_bn_stats(network, build_train_loader(_for_statistics(cfg, iterations), source), iterations)
+            return True
+        batches = _UntilLeft(build_train_loader(_for_statistics(cfg, iterations), source), leave)
+        with _in_place(norms) as met:
+            update_bn_stats(_Passing(network), batches, iterations)
+            if leave is not None and any(comm.all_gather(batches.left)):
+                met.clear()
+                return False
+        used = [norm for norm in norms if norm in met]
         _merge_ranks(used)
     logger.info("statistics of %d norms computed anew over %d batches", len(used), iterations)
+    return True
+
+
+class _UntilLeft:
+    """``batches``; from where ``leave`` says yes None in their place, for fvcore insists on their number."""
+
+    def __init__(self, batches: Iterable[Any], leave: Callable[[], object] | None) -> None:
+        self._batches, self._leave, self.left = batches, leave, False
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            if self._leave is not None and self._leave():
+                self.left = True
+                break
+            yield batch
+        while self.left:
+            yield None
+
+
+class _Passing(nn.Module):
+    """``network``, which sees nothing of what is None."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Any) -> None:
+        if batch is not None:
+            self.network(batch)
 
 
 def _for_statistics(cfg: CfgNode, iterations: int) -> CfgNode:
@@ -71,18 +114,17 @@ def _only_norms_training(network: nn.Module) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def _in_place(norms: list[Any]) -> Iterator[list[Any]]:
-    """Within, fvcore may do what it does; behind it the list names the norms that were used, and only these differ.
+def _in_place(norms: list[Any]) -> Iterator[set[nn.Module]]:
+    """Within, fvcore may do what it does; behind it only the norms in the set differ, those that met a batch.
 
     For fvcore puts other tensors in the place of the buffers, counts its batches as training's, and empties the norms
     that no batch came to.
     """
-    used: list[Any] = []
     met: set[nn.Module] = set()
     buffers = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
     before = [[buffer.clone() for buffer in three] for three in buffers]
     hooks = [norm.register_forward_hook(lambda norm, *_: met.add(norm)) for norm in norms]
-    yield used
+    yield met
     for norm, (mean, var, count), (old_mean, old_var, old_count), hook in zip(
         norms, buffers, before, hooks, strict=True
     ):
@@ -92,7 +134,6 @@ def _in_place(norms: list[Any]) -> Iterator[list[Any]]:
         var.copy_(norm.running_var.clamp(min=0) if norm in met else old_var)
         count.copy_(old_count)
         norm.running_mean, norm.running_var = mean, var
-    used += [norm for norm in norms if norm in met]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from imgcls.checkpoint import write_checkpoint
 from imgcls.engine.step import NonFinite, sample_ids
+from imgcls.structures import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,16 @@ def replay(run: Any, path: Path) -> dict[str, Any]:
     Returns ``iteration``, ``samples`` (of this rank), ``losses``, ``outputs`` (modules whose output is not finite, in
     the order of the forward pass) and ``gradients`` (parameters whose gradient is not finite).
     """
+    if not path.is_file():
+        raise Problem("there is no such file", str(path), "a replay_*.pth of OUTPUT_DIR", "--replay").error()
     run.resume_from(path)
     iteration = run.start_iter
-    batch = next(iter(run.batches()))
+    batch = next(iter(run.train_loader()), None)
+    if batch is None:
+        raise ValueError(
+            f"there is no iteration {iteration} to take again: {path} has done {iteration}, SOLVER.MAX_ITER is "
+            f"{run.cfg.SOLVER.MAX_ITER}; take the config that the run had"
+        )
     # Compiled code would not stop for those who watch.
     with torch.compiler.set_stance("force_eager"), _watched(run.model) as outputs:
         losses = run.step.gradients(batch, iteration)

@@ -19,24 +19,25 @@ from torch import Tensor, nn
 import imgcls
 from imgcls.checkpoint import Resume
 from imgcls.data import build_train_loader, mix
-from imgcls.engine import launching, starting, stopping
-from imgcls.engine.compiling import compile_copy, compile_network
-from imgcls.engine.distributed import first_rank_does, wrap_for_ranks
+from imgcls.engine import starting
 from imgcls.engine.early_stop import COSTS, EarlyStop
 from imgcls.engine.evaluating import Evaluating, is_better
 from imgcls.engine.freezing import Freezing
-from imgcls.engine.output_dir import mend_metrics
+from imgcls.engine.machine.compiling import compile_copy, compile_network
+from imgcls.engine.output.output_dir import mend_metrics
+from imgcls.engine.output.trace import Trace, open_trace
+from imgcls.engine.output.writers import Stopwatch, build_writers, scalars_at
 from imgcls.engine.precise_bn import recompute_statistics, statistics_due
-from imgcls.engine.rank_statistics import statistics_of_ranks, take_own_statistics
+from imgcls.engine.ranks import launching, stopping
+from imgcls.engine.ranks.distributed import first_rank_does, wrap_for_ranks
+from imgcls.engine.ranks.rank_statistics import statistics_of_ranks, take_own_statistics
+from imgcls.engine.ranks.sharding import Sharded
+from imgcls.engine.ranks.sync_norms import synchronise_norms
 from imgcls.engine.replay import keep
 from imgcls.engine.saving import Saving
 from imgcls.engine.setup import Data
-from imgcls.engine.sharding import Sharded
 from imgcls.engine.step import NonFinite, TrainStep
-from imgcls.engine.sync_norms import synchronise_norms
 from imgcls.engine.teacher import build_distillation
-from imgcls.engine.trace import Trace, open_trace
-from imgcls.engine.writers import Stopwatch, build_writers, scalars_at
 from imgcls.evaluation import LogitsEvaluator, ThresholdTuner
 from imgcls.layers import average_running_statistics
 from imgcls.solver import build_optimizer, build_schedule
@@ -60,7 +61,7 @@ class Run:
         compile_network(cfg, self.model)
         if data.train is not None:
             self.model.distillation = build_distillation(cfg, data.classes)
-            self.freezing = Freezing.from_cfg(cfg, self.model, len(data.train))
+            self.freezing = Freezing.from_cfg(cfg, self.model, data.images)
         # An early stop lowers max_iter to where the run ended.
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.early_stop = EarlyStop.from_cfg(cfg)
@@ -74,7 +75,7 @@ class Run:
         self._trace: Trace | None = None
         # What the line of the latest iteration has already, while a signal keeps its evaluation from being made.
         self.owed: dict[str, Any] = {}
-        self._statistics: list[list[Tensor]] = []
+        self._statistics_of_ranks: list[list[Tensor]] = []  # of the latest iteration, where they go on unaveraged
         self._stopped_by, self._finished = 0, -1  # the signal obeyed, the iteration that was finished last
 
     # -- where the weights come from ---------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ class Run:
     def batches(self) -> Iterator[Any]:
         """This rank's batches of iterations ``start_iter`` .. ``max_iter`` - 1; takes the time that waiting costs.
 
-        After a signal (:mod:`~imgcls.engine.stopping`) and the checkpoint that it asked for they end with ``Stopped``.
+        After a signal (:mod:`~imgcls.engine.ranks.stopping`) and the checkpoint that it asked for they end with
+        ``Stopped``.
         """
         if self.data.train is None:
             raise ValueError("this run has no training data; it was set up to evaluate only")
@@ -168,7 +170,8 @@ class Run:
 
     def train_loader(self) -> Iterable[Any]:
         """Where this rank's batches come from; a Run of your own may take them from elsewhere."""
-        return build_train_loader(self.cfg, self.data.train, start=self.start_iter)  # type: ignore[arg-type]
+        assert self.data.train is not None  # batches() has looked
+        return build_train_loader(self.cfg, self.data.train, start=self.start_iter)
 
     def train_on(self, batch: Any, iteration: int) -> None:
         """One step, and its record. Collective."""
@@ -201,7 +204,7 @@ class Run:
         means = {name: float(value) for name, value in comm.reduce_dict(losses).items()}
         storage.put_scalars(**means, total_loss=sum(means.values()), smoothing_hint=False)
         storage.put_scalar("lr", self.step.last_lr, smoothing_hint=False)
-        epoch = (iteration + 1) * self.cfg.SOLVER.IMS_PER_BATCH / len(self.data.train)  # type: ignore[arg-type]
+        epoch = (iteration + 1) * self.cfg.SOLVER.IMS_PER_BATCH / self.data.images
         storage.put_scalar("epoch", epoch, smoothing_hint=False)
         storage.put_scalar("images_per_second", self.cfg.SOLVER.IMS_PER_BATCH / max(seconds, 1e-9))
 
@@ -210,6 +213,7 @@ class Run:
         return iteration + 1 == self.max_iter or (period > 0 and (iteration + 1) % period == 0)
 
     def evaluation_due(self, iteration: int) -> bool:
+        """Whether DATASETS.TEST, if there is one, is evaluated after ``iteration``."""
         return self.data.test is not None and self.due(self.cfg.TEST.EVAL_PERIOD, iteration)
 
     def write_due(self, iteration: int) -> bool:
@@ -238,20 +242,19 @@ class Run:
         asked = self.step.agreed_signal
         # At an iteration that the uninterrupted run, or one with room on its disk, passes by nothing may change.
         passing = not (evaluating or self._saving_due(iteration))
-        self._statistics = statistics_of_ranks(self.networks) if passing else []
+        self._statistics_of_ranks = statistics_of_ranks(self.networks) if passing else []
         for network in self.networks:
             average_running_statistics(network)
-        # A signal leaves no time for it; the evaluation that it owes begins with it.
-        precise = statistics_due(self.cfg, self.step.average)
-        if precise and not (passing or asked):
-            recompute_statistics(self.cfg, self.network, self.data.train)
-        improved = self._evaluate_at(iteration) if evaluating and not asked else False
-        if (evaluating and not (self.results and not asked)) or (asked and precise and not passing):
+        # A signal leaves no time for either; what was cut short begins with the statistics.
+        precise = not passing and statistics_due(self.cfg, self.step.average)
+        cut_short = (asked and (evaluating or precise)) or (precise and not self._recompute_statistics())
+        improved = self._evaluate_at(iteration) if evaluating and not cut_short else False
+        if cut_short or (evaluating and not self.results):
             self.results, self.owed = {}, scalars_at(iteration)
             asked = asked or max(comm.all_gather(stopping.asked()))
         self._write(writers, iteration)
         self._save(iteration, self._saving_due(iteration) or bool(asked), improved, must=bool(asked))
-        take_own_statistics(self.networks, self._statistics)
+        take_own_statistics(self.networks, self._statistics_of_ranks)
         if iteration + 1 < self.max_iter or self.owed:
             self._stopped_by = asked
         self._clock.lap()
@@ -279,11 +282,10 @@ class Run:
         for name, (value, smoothing) in self.owed.items():
             storage.put_scalar(name, value, smoothing_hint=smoothing)
         with stopping.deferred():
-            if statistics_due(self.cfg, self.step.average):
-                recompute_statistics(self.cfg, self.network, self.data.train)
+            cut_short = statistics_due(self.cfg, self.step.average) and not self._recompute_statistics()
             evaluating = self.evaluation_due(iteration)
-            improved = self._evaluate_at(iteration) if evaluating else False
-            if evaluating and not self.results:  # again; the checkpoint still says so
+            improved = self._evaluate_at(iteration) if evaluating and not cut_short else False
+            if cut_short or (evaluating and not self.results):  # again; the checkpoint still says so
                 self._stopped_by, self._finished = max(comm.all_gather(stopping.asked())), iteration
                 self._leave()
             self.owed = {}
@@ -297,7 +299,7 @@ class Run:
             return []
         self._folder.mkdir(parents=True, exist_ok=True)
         mend_metrics(self._folder, self.start_iter)
-        return build_writers(self.cfg, len(self.data.train))  # type: ignore[arg-type]
+        return build_writers(self.cfg, self.data.images)
 
     # -- evaluating and saving ---------------------------------------------------------------------------------------
 
@@ -308,10 +310,15 @@ class Run:
 
     def tune_thresholds(self) -> dict[str, Any]:
         """Give the network the thresholds that do best on DATASETS.TEST; the figures with them there. Collective."""
-        tuner = ThresholdTuner(len(self.data.test), len(self.data.classes))  # type: ignore[arg-type]
+        assert self.data.test is not None  # set up to evaluate
+        tuner = ThresholdTuner(len(self.data.test), len(self.data.classes))
         results = self.evaluate(tuner)
         self.model.thresholds = tuple(tuner.thresholds.tolist())
         return results
+
+    def _recompute_statistics(self) -> bool:
+        """Give :attr:`network` precise statistics; False where a signal has cut that short. Collective."""
+        return recompute_statistics(self.cfg, self.network, self.data.train, leave=stopping.asked)
 
     def _evaluate_at(self, iteration: int) -> bool:
         if not self.evaluate():
@@ -370,9 +377,9 @@ class Run:
             "early_stop": self.early_stop.state_dict(),
             "metrics": self._metrics_at(iteration),
             "evaluation_due": self.owed,
-            "statistics_of_ranks": self._statistics,
+            "statistics_of_ranks": self._statistics_of_ranks,
             "config": self._config,
-            "images": len(self.data.train) if self.data.train is not None else 0,
+            "images": self.data.images,
             "seed": self.cfg.SEED,
             "classes": list(self.data.classes),
             "contract": self.model.contract.to_dict(),

@@ -14,7 +14,20 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from imgcls.checkpoint import BEST, FINAL, is_whole, iteration_of, point_at, prunable, prune, sweep, write_checkpoint
+from imgcls.checkpoint import (
+    BEST,
+    FINAL,
+    file_digest,
+    is_whole,
+    iteration_of,
+    point_at,
+    prunable,
+    prune,
+    read_manifest,
+    sweep,
+    write_checkpoint,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +68,16 @@ class Saving:
     def tidy(self, newest: Path) -> None:
         """Finish the save that a process before this one was killed in, if it was: ``newest`` is what it goes on from.
 
-        Remove temporary files, point at ``newest``, and delete what is old; nothing where later ones are damaged, for
-        those would count as the ones to keep.
+        Remove temporary files, write the manifest that ``newest`` lacks, point at it, and delete what is old; nothing
+        where later ones are damaged, for those would count as the ones to keep.
         """
         with suppress(OSError):  # the next save says what is wrong with the disk
             sweep(self.folder)
             if newest.resolve().parent != self.folder.resolve():
                 return
+            if read_manifest(newest) is None:
+                iteration = iteration_of(newest)
+                write_manifest(newest, file_digest(newest), iteration=iteration, kept=self._stays(newest, iteration))
             point_at(newest)
             if all(iteration_of(path) <= iteration_of(newest) for path in prunable(self.folder)):
                 prune(self.folder, self.keep)
@@ -97,7 +113,7 @@ class Saving:
         if last or must:
             raise OSError(
                 f"the checkpoint of iteration {content['iteration']} could not be written to {self.folder}; "
-                f"{self._good()}. Make room: --resume goes on from there"
+                f"{self._what_is_there()}. Make room: --resume goes on from there"
             )
         return True
 
@@ -115,13 +131,16 @@ class Saving:
             self._owed_best = None
         if self._owes_newest:
             name = FINAL if last else f"model_{iteration:07d}.pth"
-            kept = self.keep_every > 0 and (iteration + 1) % self.keep_every == 0
-            if self._written(name, content, newest=True, kept=kept and not last):
+            if self._written(name, content, newest=True, kept=self._stays(Path(name), iteration)):
                 self._owes_newest = False
                 prune(self.folder, self.keep)
                 logger.info("saved %s", self.folder / name)
         self._telling = False
         return not self.owing
+
+    def _stays(self, path: Path, iteration: int) -> bool:
+        """Whether a checkpoint is one that stays for good."""
+        return path.name != FINAL and self.keep_every > 0 and (iteration + 1) % self.keep_every == 0
 
     def _written(self, name: str, content: Mapping[str, Any], **how: bool) -> bool:
         iteration, needed = content["iteration"], sum(tensor.nbytes for tensor in _tensors(content))
@@ -140,7 +159,7 @@ class Saving:
             if self._telling:
                 logger.error(
                     "%s of iteration %d is not saved, it is tried again: %s (%.1f MB needed, %.1f MB free). %s",
-                    *(name, iteration, error, needed / 1e6, _free(self.folder) / 1e6, self._good()),
+                    *(name, iteration, error, needed / 1e6, _free(self.folder) / 1e6, self._what_is_there()),
                 )
             return False
         return True
@@ -153,7 +172,7 @@ class Saving:
         prune(self.folder, stay)
         return True
 
-    def _good(self) -> str:
+    def _what_is_there(self) -> str:
         paths = [path for path in self.folder.glob("model_*.pth") if path.name != BEST]
         newest = max(paths, key=iteration_of, default=None)
         return f"{newest.name} is the newest checkpoint" if newest else "there is no checkpoint before it"

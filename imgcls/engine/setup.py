@@ -8,25 +8,27 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from imgcls.checkpoint import Resume, checkpoint_to_resume, continues, read_checkpoint, require_state
+from imgcls.checkpoint import Resume, checkpoint_to_resume, continues, notes_of, read_checkpoint, require_state
 from imgcls.config import register_check, require_sound, resolve_durations
 from imgcls.data import HoldOut, Source, open_sources
 from imgcls.data.workers import is_worker_end
 from imgcls.engine.changes import require_resumable, with_what_was_decided
-from imgcls.engine.cpu_settings import decide_cpu_settings
-from imgcls.engine.distributed import fault_of_another, first_rank_does
+from imgcls.engine.freezing import Freezing
 from imgcls.engine.labels import decide_labels
-from imgcls.engine.log_file import LogFile, quiet_where_full
-from imgcls.engine.memory import is_out_of_memory
-from imgcls.engine.output_dir import claim
-from imgcls.engine.precision import set_float32_precision
-from imgcls.engine.provenance import command, describe
+from imgcls.engine.machine.cpu_settings import decide_cpu_settings
+from imgcls.engine.machine.memory import is_out_of_memory
+from imgcls.engine.machine.precision import set_float32_precision
+from imgcls.engine.output.log_file import LogFile, quiet_where_full
+from imgcls.engine.output.output_dir import claim
+from imgcls.engine.output.provenance import command, describe
+from imgcls.engine.ranks.distributed import fault_of_another, first_rank_does
 from imgcls.engine.teacher import require_teacher
 from imgcls.modeling import is_classifier
-from imgcls.solver import scale_learning_rate
+from imgcls.solver import parameter_groups, scale_learning_rate
 from imgcls.structures import Problem
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,11 @@ class Data:
     train: Source | None
     test: Source | None
     classes: tuple[str, ...]
+
+    @property
+    def images(self) -> int:
+        """In the training set; 0 when only evaluating."""
+        return 0 if self.train is None else len(self.train)
 
 
 def finalize(cfg: CfgNode, *, eval_only: bool = False) -> tuple[CfgNode, Data]:
@@ -94,7 +101,8 @@ def setup(cfg: CfgNode, *, resume: Resume = False, eval_only: bool = False) -> t
     if eval_only:
         start_log("")
     else:
-        changes = require_resumable(cfg, content, checkpoint, images=len(data.train or ())) if checkpoint else []
+        changes = require_resumable(cfg, content, checkpoint, images=data.images) if checkpoint else []
+        first_rank_does(lambda: _require_named(cfg, data))
         first_rank_does(lambda: claim(cfg.OUTPUT_DIR, resume=continues(resume, Path(cfg.OUTPUT_DIR))))
         start_log(cfg.OUTPUT_DIR)
         start = int(content["iteration"]) + 1 if checkpoint else 0
@@ -106,6 +114,17 @@ def setup(cfg: CfgNode, *, resume: Resume = False, eval_only: bool = False) -> t
     logger.info("seed %d, %d ranks on %s", cfg.SEED, comm.get_world_size(), cfg.MODEL.DEVICE)
     cfg.freeze()
     return cfg, data
+
+
+def _require_named(cfg: CfgNode, data: Data) -> None:
+    """Try the patterns of parameter names on a network that is thrown away: what they miss ends a run unwritten."""
+    if not (cfg.SOLVER.FREEZE or cfg.SOLVER.PARAM_OVERRIDES):
+        return
+    here = cfg.clone()
+    here.MODEL.DEVICE = "cpu"
+    network = build_model(here)
+    Freezing.from_cfg(cfg, network, data.images)
+    parameter_groups(cfg, network)
 
 
 def start_log(folder: str) -> None:
@@ -158,7 +177,7 @@ def _open_for_evaluation(cfg: CfgNode) -> Data:
         raise ValueError("--eval-only needs the weights to evaluate: add MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
     # The checkpoint knows its classes: the training set need not be here.
     content = read_checkpoint(cfg.MODEL.WEIGHTS, mmap=True, check_digest=False)
-    classes = content.get("classes") or content.get("imgcls", {}).get("classes")
+    classes = notes_of(content).get("classes")
     test = _open_test(cfg, tuple(classes) if classes else None)
     if test is None:
         raise Problem("there is nothing to evaluate on", (), "a data set", "DATASETS.TEST").error()
@@ -180,8 +199,8 @@ def _open_test(cfg: CfgNode, classes: tuple[str, ...] | None) -> Source | None:
 def _decide_classes(cfg: CfgNode, data: Data) -> None:
     stated = cfg.MODEL.HEAD.NUM_CLASSES
     if stated not in (0, len(data.classes)):
-        source = (data.train or data.test).name  # type: ignore[union-attr]
-        allowed = f"0 (count them) or {len(data.classes)}, the classes of {source}"
+        counted = next(source.name for source in (data.train, data.test) if source is not None)
+        allowed = f"0 (count them) or {len(data.classes)}, the classes of {counted}"
         raise Problem("the number of classes is not the data's", stated, allowed, "MODEL.HEAD.NUM_CLASSES").error()
     cfg.MODEL.HEAD.NUM_CLASSES = len(data.classes)
 

@@ -13,15 +13,18 @@ from imgcls.checkpoint import (
     BEST,
     Resume,
     checkpoint_to_resume,
+    classifier_weights,
+    is_whole,
     iteration_of,
     load_weights,
+    notes_of,
     read_checkpoint,
     require_state,
     set_aside_newer,
 )
 from imgcls.engine.changes import best_stays, require_resumable, tell
-from imgcls.engine.distributed import first_rank_does
-from imgcls.engine.rank_statistics import take_own_statistics
+from imgcls.engine.ranks.distributed import first_rank_does
+from imgcls.engine.ranks.rank_statistics import take_own_statistics
 from imgcls.modeling import Trunk, fit_to_input
 from imgcls.structures import LoadReport, PreprocessingContract
 
@@ -41,7 +44,7 @@ def start(run: Run, resume: Resume) -> None:
             first_rank_does(partial(set_aside_newer, checkpoint, folder))
         # What the record speaks of may lie in another folder, belong to the course that was left, or never have been
         # written for want of room.
-        kept = iteration_of(folder / BEST) if (folder / BEST).is_file() else -1
+        kept = iteration_of(folder / BEST) if is_whole(folder / BEST) else -1
         run.best = run.best if run.best and kept >= run.best["iteration"] else {}
         first_rank_does(partial(run.saving.tidy, checkpoint))
         return
@@ -54,10 +57,7 @@ def start(run: Run, resume: Resume) -> None:
 def load_initial(run: Run, path: str) -> LoadReport:
     """Weights to begin with (a classifier's checkpoint or a converted backbone); a misfit is a ``ValueError``."""
     content = read_checkpoint(path)
-    weights = dict(content["model"])
-    notes = content.get("imgcls", {})
-    if content.get("matching_heuristics"):
-        weights = {f"backbone.{name}": tensor for name, tensor in weights.items()} | notes.get("classifier", {})
+    weights = classifier_weights(content)
     if isinstance(run.model.backbone, Trunk):
         weights = fit_to_input(weights, run.model.backbone, "backbone.")
     if not hasattr(run.model.head, "auxiliary"):
@@ -71,7 +71,7 @@ def load_initial(run: Run, path: str) -> LoadReport:
     if reset:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
     else:
-        _require_same_classes(run, {**notes, **content}, path)
+        _require_same_classes(run, notes_of(content), path)
     report = load_weights(run.model, weights, may_be_new=lambda name: reset and name.startswith("head."))
     report.require_complete(
         path,
@@ -87,8 +87,7 @@ def resume_from(run: Run, path: Path) -> None:
     content = read_checkpoint(path, check_digest=False)
     require_state(content, path)
     _require_same_classes(run, content, str(path))
-    images = len(run.data.train) if run.data.train is not None else 0
-    changes = require_resumable(run.cfg, content, path, images=images)
+    changes = require_resumable(run.cfg, content, path, images=run.data.images)
     _require_same_contract(run, content, str(path))
     # Where an average is kept, "model" is the average: what was evaluated, and what is handed over.
     load_weights(run.model, content.get("live", content["model"])).require_complete(
@@ -129,7 +128,7 @@ def _require_same_classes(run: Run, content: dict[str, Any], path: str) -> None:
 
 
 def _require_same_contract(run: Run, content: dict[str, Any], path: str) -> None:
-    notes = {**content, **content.get("imgcls", {})}
+    notes = notes_of(content)
     contract, theirs = notes.get("contract"), notes.get("architecture")
     differences = []
     if contract and len(contract["pixel_mean"]) == len(run.cfg.MODEL.PIXEL_MEAN):

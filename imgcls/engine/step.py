@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imgcls.data import Mixing, mix
-from imgcls.engine.sharding import gathered, is_sharded, own_share, scattered, without_averaging
+from imgcls.engine.ranks.sharding import gathered, is_sharded, own_share, scattered, without_averaging
 from imgcls.solver import Average, build_average, clip_gradients
 from imgcls.solver.optimizer_state import fitted_state, names_by_number
 from imgcls.solver.schedules import apply_current
@@ -28,6 +28,9 @@ from imgcls.structures import Batch
 logger = logging.getLogger(__name__)
 
 Samples = Batch | list[dict[str, Any]]
+
+# Of a loss, to which GradScaler may halve its own; a gradient that overflows then is the network's fault.
+LEAST_SCALE = 1.0
 
 
 def seed_iteration(seed: int, iteration: int, micro: int = 0) -> None:
@@ -122,7 +125,7 @@ class TrainStep:
         self.settle()
         torch._foreach_copy_(self._held, self._buffers)
         losses = self.gradients(batch, iteration)
-        found = verdict(losses, [] if self.scaler.is_enabled() else self._gradients(), self.signal)
+        found = verdict(losses, [] if self._scale_is_to_blame() else self._gradients(), self.signal)
         self._unsettled = _Unsettled(iteration, losses, sample_ids(batch), _on_its_way(found), masked=self.late)
         self.last_lr = float(self.optimizer.param_groups[0]["lr"])
         if self.late:
@@ -145,6 +148,7 @@ class TrainStep:
             torch._foreach_copy_(self._buffers, self._held)
             self.optimizer.zero_grad(set_to_none=True)
             self._leave_out(step)
+            self.scaler.update()  # which waits for it after each unscaling; a run that stops keeps the scale
         else:
             if not step.masked:
                 self._update()
@@ -177,15 +181,18 @@ class TrainStep:
     def rewrap(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         """Give the network another wrapper, which ``wrap`` makes. Collective.
 
-        The parameters and the optimizer stay: what gets no gradient takes no step.
+        The parameters and the optimizer stay: what gets no gradient takes no step. So do this rank's running
+        statistics, in whose place DDP puts those of the first rank when it is built.
         """
         self.settle()
+        torch._foreach_copy_(self._held, self._buffers)
         self.optimizer.zero_grad(set_to_none=True)
         if isinstance(self.model, DistributedDataParallel):
             self.model = unwrapped(self.model)
             # The old one lies in reference cycles; until it is gone, its hooks hang on the parameters.
             gc.collect()
         self.model = wrap(self.model)
+        torch._foreach_copy_(self._buffers, self._held)
 
     def _update(self, bad: Tensor | None = None) -> None:
         """Take the step. bad: a number on the device; where it is not 0 the optimizer changes nothing."""
@@ -198,6 +205,10 @@ class TrainStep:
         self.scaler.update()
         if bad is not None:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    def _scale_is_to_blame(self) -> bool:
+        """Whether a gradient may be infinite because its loss was scaled; the scaler leaves such steps out itself."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > LEAST_SCALE
 
     def _gradients(self) -> list[Tensor]:
         return own_share(parameter.grad for parameter in self.parameters if parameter.grad is not None)
@@ -247,6 +258,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave; rates, decays and betas are the config's. Collective if sharded."""
         names = names_by_number(self.optimizer, unwrapped(self.model))
         fitted = fitted_state(self.optimizer, names, state["optimizer"], state.get("optimizer_names"))
         self.optimizer.load_state_dict(scattered(fitted, self.optimizer))
@@ -290,24 +302,22 @@ def verdict(losses: dict[str, Tensor], gradients: Sequence[Tensor], signal: int 
     signal: this rank's.
     """
     values = list(losses.values())
-    if gradients:
-        values.append(_norm(gradients))
-    bad = (~torch.stack([value.float() for value in values]).isfinite()).any().float()
+    # The largest magnitude: a sum of squares may overflow where each gradient is finite. On CPUs torch finds it several
+    # times more slowly than the root of that sum, which is tried first there.
+    on_cpu = values[0].device.type == "cpu"
+    bad = _non_finite(values, gradients, 2.0 if on_cpu else float("inf"))
+    if on_cpu and bad:
+        bad = _non_finite(values, gradients, float("inf"))
     found = torch.stack([bad, bad.new_full((), signal)])
     if comm.get_world_size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return found
 
 
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """A norm of all gradients, finite exactly where each of them is."""
-    if all(gradient.device.type == "cpu" for gradient in gradients):
-        # On CPUs torch finds the largest magnitude 20 times more slowly than the root of the sum of squares.
-        norm = nn.utils.get_total_norm(gradients)
-        if norm.isfinite():
-            return norm
-    # The largest magnitude: a sum of squares may overflow where every gradient is finite.
-    return nn.utils.get_total_norm(gradients, float("inf"))
+def _non_finite(values: Sequence[Tensor], gradients: Sequence[Tensor], order: float) -> Tensor:
+    """1.0 where a value or the norm of a gradient is not finite. order: of the norms."""
+    norms = torch._foreach_norm(list(gradients), order) if gradients else ()
+    return (~torch.stack([*values, *norms]).isfinite()).any().float()
 
 
 def _on_its_way(found: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

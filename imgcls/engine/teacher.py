@@ -13,12 +13,12 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from imgcls.checkpoint import file_digest, load_weights, local_path, read_checkpoint
+from imgcls.checkpoint import classifier_weights, file_digest, load_weights, local_path, notes_of, read_checkpoint
 from imgcls.config.defaults import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
 from imgcls.data.imagenet import imagenet_classes
 from imgcls.modeling import Architecture, ClsNet, Distillation, Teacher, make_classifier
 from imgcls.modeling.backbones.timm_bridge import PREFIX, TRAINED_WITH
-from imgcls.structures import PreprocessingContract, Problem
+from imgcls.structures import PreprocessingContract, Problem, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def require_teacher(cfg: CfgNode, classes: Sequence[str]) -> None:
         allowed = "'' (none) for a data set with several labels a picture"
         raise Problem("a teacher is for one class a picture", node.TEACHER, allowed, KEY).error()
     if node.TEACHER.startswith(PREFIX):
-        _require_file(node.WEIGHTS, "MODEL.DISTILL.WEIGHTS") if node.WEIGHTS else None
+        if node.WEIGHTS:
+            _require_file(node.WEIGHTS, "MODEL.DISTILL.WEIGHTS")
         names = _names(cfg, classes, imagenet_classes())
     else:
         _require_file(node.TEACHER, KEY)
@@ -147,10 +148,9 @@ def _of_timm(cfg: CfgNode, ours: Sequence[str]) -> Found:
     try:
         network: Any = timm.create_model(name, pretrained=not node.WEIGHTS, num_classes=len(names), **options)
     except Exception as error:  # Hugging Face's client raises a dozen kinds
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(
-            f"cannot make timm's {name}: {first_line}. Without a network, give its weights in a file: "
-            "MODEL.DISTILL.WEIGHTS"
+            f"cannot make timm's {name}: {first_line(error).rstrip('.')}. Without a network, give its weights in a "
+            "file: MODEL.DISTILL.WEIGHTS"
         ) from error
     if node.WEIGHTS:
         weights = read_checkpoint(node.WEIGHTS)["model"]
@@ -169,13 +169,11 @@ def _load(network: nn.Module, weights: Mapping[str, Tensor], path: str, remedy: 
 
 def _with_head(content: Mapping[str, Any], path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """ClsNet's weights and the notes (architecture, contract, classes) of a checkpoint or a hand-over file."""
-    notes = {**content, **content.get("imgcls", {})}
+    notes = notes_of(content)
     if not notes.get("architecture") or not notes.get("contract"):
         allowed = "a checkpoint of an imgcls run, a hand-over file with its head, or timm:<name>"
         raise Problem("the file does not say which network it is of", path, allowed, KEY).error()
-    weights = dict(content["model"])
-    if content.get("matching_heuristics"):
-        weights = {f"backbone.{name}": tensor for name, tensor in weights.items()} | notes.get("classifier", {})
+    weights = classifier_weights(content)
     if not any(name.startswith("head.") for name in weights):
         allowed = "the checkpoint that it was converted from, or a file that import_weights wrote with a head"
         raise Problem("the teacher has no head", path, allowed, KEY).error()

@@ -54,9 +54,11 @@ class ClsTrainer(DefaultTrainer):
         return Run(cfg, data)
 
     def build_hooks(self) -> list[HookBase]:
+        """What detectron2's hooks do, in one; override it to add others."""
         return [_FinishIteration(self.build_writers)]
 
     def build_writers(self) -> list[EventWriter]:
+        """Called when training starts, on every rank; the writers are rank 0's."""
         return self.run.writers()
 
     def train(self) -> dict[str, Any]:
@@ -68,6 +70,7 @@ class ClsTrainer(DefaultTrainer):
         return self._last_eval_results
 
     def state_dict(self) -> dict[str, Any]:
+        """What detectron2's holds, from the step: iteration, optimizer, schedule, scaler."""
         return {"iteration": self.iter, **self.run.step.state_dict()}
 
 

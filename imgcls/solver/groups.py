@@ -66,14 +66,13 @@ def _with_decay(model: nn.Module, node: CfgNode) -> Iterator[tuple[str, nn.Param
 def depth_factors(model: nn.Module, decay: float) -> dict[str, float]:
     """Name of each parameter of ``model.backbone`` -> ``decay`` to the power of its distance from the head.
 
-    The blocks of a stage (the children of a chain or list of modules in it) count one each, anything else counts as
-    one; what stands outside the backbone has the factor 1.
+    Each block of a stage counts one (:func:`blocks_of`); what stands outside the backbone has the factor 1.
     """
     if decay == 1.0 or not hasattr(model.backbone, "stage_modules"):
         return {}
     layers: list[nn.Module] = []
-    for _, stage in model.backbone.stage_modules():  # type: ignore[operator]
-        layers += _blocks(stage)
+    for _, stage in model.backbone.stage_modules():  # type: ignore[operator] # a trunk's, which this level does not know
+        layers += blocks_of(stage)
     names = {parameter: name for name, parameter in model.named_parameters()}
     factors = {
         names[parameter]: decay ** (len(layers) - depth)
@@ -85,10 +84,11 @@ def depth_factors(model: nn.Module, decay: float) -> dict[str, float]:
     return {**factors, **{name: decay ** len(layers) for name in loose}}
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, (nn.Sequential, nn.ModuleList)):
-        return [child for child in module if any(True for _ in child.parameters())]
-    return [module]
+def blocks_of(stage: nn.Module) -> list[nn.Module]:
+    """The children of a chain or list of modules, those without parameters left out; anything else is one block."""
+    if isinstance(stage, (nn.Sequential, nn.ModuleList)):
+        return [child for child in stage if any(True for _ in child.parameters())]
+    return [stage]
 
 
 @register_check

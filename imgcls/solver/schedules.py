@@ -202,9 +202,18 @@ def apply_current(schedule: LRMultiplier) -> None:
 
 @register_check
 def check_schedule(cfg: CfgNode) -> list[Problem]:
-    """An end above the base rate, which no schedule here climbs to."""
-    node = cfg.SOLVER
-    if cfg.MODEL.META_ARCHITECTURE != "ClsNet" or not node.BASE_LR or node.BASE_LR_END <= node.BASE_LR:
+    """An end above the base rate, which no schedule here climbs to; and what ``PlateauLR`` needs to ever lower it."""
+    if cfg.MODEL.META_ARCHITECTURE != "ClsNet":
         return []
-    allowed = f"at most SOLVER.BASE_LR {node.BASE_LR:g}"
-    return [Problem("the schedule ends above its base rate", node.BASE_LR_END, allowed, "SOLVER.BASE_LR_END")]
+    node, problems = cfg.SOLVER, []
+    if node.BASE_LR and node.BASE_LR_END > node.BASE_LR:
+        what, allowed = "the schedule ends above its base rate", f"at most SOLVER.BASE_LR {node.BASE_LR:g}"
+        problems.append(Problem(what, node.BASE_LR_END, allowed, "SOLVER.BASE_LR_END"))
+    if node.LR_SCHEDULER_NAME == PLATEAU:
+        if node.GAMMA >= 1:
+            what = "a plateau would not lower the rate"
+            problems.append(Problem(what, node.GAMMA, f"a number > 0 and < 1 with {PLATEAU}", "SOLVER.GAMMA"))
+        if not (cfg.DATASETS.TEST and (cfg.TEST.EVAL_PERIOD or cfg.TEST.EVAL_EPOCHS)):
+            what, allowed = "the schedule has no evaluations to look at", "DATASETS.TEST with TEST.EVAL_EPOCHS above 0"
+            problems.append(Problem(what, PLATEAU, f"another one, or {allowed}", "SOLVER.LR_SCHEDULER_NAME"))
+    return problems

@@ -1,4 +1,4 @@
-"""A mistake in the configuration, told in four parts."""
+"""What went wrong, in one line: a mistake in the configuration in four parts, another library's error in its first."""
 
 from dataclasses import dataclass
 
@@ -18,3 +18,9 @@ class Problem:
     def error(self) -> ValueError:
         """The problem as the exception to raise."""
         return ValueError(str(self))
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says before it goes on; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imgcls.checkpoint import read_checkpoint
-from imgcls.structures import PreprocessingContract, Problem
+from imgcls.structures import PreprocessingContract, Problem, first_line
 from imgcls.transfer.references import require
 
 logger = logging.getLogger(__name__)
@@ -144,9 +144,8 @@ def _fetch_timm(name: str, tag: str) -> Pretrained:
     try:
         tensors = timm.create_model(full, pretrained=True).state_dict()
     except Exception as error:  # Hugging Face's client raises a dozen kinds
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(
-            f"cannot fetch timm's {full}: {first_line}. Without a network, import a file: "
+            f"cannot fetch timm's {full}: {first_line(error).rstrip('.')}. Without a network, import a file: "
             "import_weights --from timm --variant NAME FILE"
         ) from error
     return Pretrained(tensors, _timm_preprocessing(name, tag), f"timm {full}")

@@ -77,6 +77,7 @@ class Bench:
         )
 
     def journal(self, number: int) -> Path:
+        """Of the trainer with that number, where it has a tape."""
         return self.folder / f"journal{number}.jsonl"
 
     def done(self) -> int:

@@ -88,8 +88,8 @@ def _tally(
 
 
 def _plain(kind: str, variant: Variant, point: str, problems: list[str], **more: Any) -> dict[str, Any]:
-    where = {"loop": variant.loop, "ranks": variant.ranks, "workers": variant.workers}
-    return {"kind": kind, **where, "features": list(variant.features), "point": point, **more, "problems": problems}
+    """The record of a case without a trainer."""
+    return {"kind": kind, **variant.described, "point": point, **more, "problems": problems}
 
 
 def _pointers(run: Path) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,16 +20,8 @@ ROWS = [["conv", 3, 8, 3, 2], ["conv", 8, 16, 3, 2], ["res", [16, 8], [8, 16], [
 
 SMALL = (
     *("MODEL.BACKBONE.NAME", "build_imgcls_sandbox_backbone", "MODEL.BACKBONE.VARIANT", "sandbox"),
-    *(
-        "MODEL.BACKBONE.ROWS",
-        str(ROWS),
-        "MODEL.DEVICE",
-        "cpu",
-        "MODEL.CHANNELS_LAST",
-        "False",
-        "MODEL.HEAD.DROPOUT",
-        "0.2",
-    ),
+    *("MODEL.BACKBONE.ROWS", str(ROWS), "MODEL.HEAD.DROPOUT", "0.2"),
+    *("MODEL.DEVICE", "cpu", "MODEL.CHANNELS_LAST", "False"),
     *("INPUT.TRAIN_SIZE", "24", "INPUT.TEST_SIZE", "24", "INPUT.TEST_RESIZE", "0"),
     *("INPUT.TRAIN_TRANSFORMS", "[['random_resized_crop', 0.3, 1.0], ['horizontal_flip', 0.5]]"),
     *("SOLVER.IMS_PER_BATCH", str(BATCH), "SOLVER.MAX_ITER", str(ITERATIONS), "SOLVER.WARMUP_ITERS", "6"),
@@ -68,11 +61,18 @@ class Variant:
 
     @property
     def name(self) -> str:
+        """Short, for folders and parts of a campaign; no two of VARIANTS share one."""
         return f"{self.loop}-{self.ranks}r{self.workers}w"
 
     @property
     def builtin(self) -> bool:
+        """Whether the command is that of detectron2's loop."""
         return self.loop == "builtin"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"loop": self.loop, "ranks": self.ranks, "workers": self.workers, "features": list(self.features)}
 
 
 VARIANTS = (

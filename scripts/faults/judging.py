@@ -32,6 +32,7 @@ class Checkpoint:
 
     @property
     def owes_evaluation(self) -> bool:
+        """Whether a signal cut the evaluation of its iteration short."""
         return any(name.startswith("evaluation_due.") for name in self.digests)
 
 

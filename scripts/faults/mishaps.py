@@ -13,7 +13,8 @@ from typing import Any
 from faults import judging
 from faults.bench import LIMIT, Bench, Workshop
 from faults.damage import copied, fingerprint, killed, refusal_problems
-from faults.jobs import ITERATIONS, PERIOD, Variant, make_pictures
+from faults.jobs import ITERATIONS, PERIOD, Variant, make_pictures, words
+from faults.judging import Reference
 from faults.processes import Trainer, fork, kill_descendants
 from faults.records import record
 from faults.sabotage import NotFinite, Sabotage
@@ -106,8 +107,8 @@ def _no_room(shop: Workshop, variant: Variant, name: str, chance: Random, last: 
     return record("full disk", variant, point, trainer, problems, cause=cause, equal=not problems, bad_newest=False)
 
 
-def _line_with(words: str, trainer: Trainer) -> str:
-    lines = [line for line in (trainer.stdout + trainer.stderr).splitlines() if words in line]
+def _line_with(part: str, trainer: Trainer) -> str:
+    lines = [line for line in (trainer.stdout + trainer.stderr).splitlines() if part in line]
     return re.sub(r"\x1b\[\d+m", "", lines[0]).strip() if lines else trainer.last_line()
 
 
@@ -193,10 +194,8 @@ def one_folder(shop: Workshop, variant: Variant, name: str, chance: Random, most
 
 def _again(bench: Bench, *more: str) -> Trainer:
     """The command of the first trainer, as if typed once more."""
-    bench.count, number = 0, bench.count
-    words = bench.words(*more)
-    bench.count = number
-    trainer = fork(words, bench.folder, number, builtin=bench.variant.builtin, ranks=bench.variant.ranks)
+    typed = words(bench.variant, bench.shop.data, *more)
+    trainer = fork(typed, bench.folder, bench.count, builtin=bench.variant.builtin, ranks=bench.variant.ranks)
     bench.count += 1
     trainer.wait(LIMIT)
     return trainer
@@ -218,31 +217,34 @@ def changed_config(shop: Workshop, variant: Variant, name: str, chance: Random, 
         "NUM_CLASSES": ("--data", str(more_classes)),
     }
     found = []
-    for number, (key, words) in enumerate([*refused.items()][:most]):
+    for number, (key, change) in enumerate([*refused.items()][:most]):
         bench = copied(template, f"{name}-{number}")
         before = fingerprint(bench.run)
-        trainer = bench.fork(None, *words)
+        trainer = bench.fork(None, *change)
         trainer.wait(LIMIT)
         problems = refusal_problems(trainer, key)
         problems += [] if fingerprint(bench.run) == before else ["files were changed"]
-        point = f"{' '.join(words[:1])} changed on resume"
+        point = f"{change[0]} changed on resume"
         found.append(record("changed config", variant, point, trainer, problems, equal=None))
-    bench = copied(template, f"{name}-shown")
+    return [*found, _shown(copied(template, f"{name}-shown"), shop.reference(variant))]
+
+
+def _shown(bench: Bench, reference: Reference) -> dict[str, Any]:
+    """Another rate on resume: the log shows it, and it counts from there on."""
     trainer = bench.fork(None, "SOLVER.BASE_LR", "0.0123")
     trainer.wait(LIMIT)
     shown = "SOLVER.BASE_LR" in trainer.stdout and "0.0123" in trainer.stdout
     problems = [] if trainer.code == 0 else [f"it ended with {trainer.code}"]
     problems += [] if shown else ["SOLVER.BASE_LR is not shown"]
-    after = [line["lr"] for line in judging.figures(bench.run / "metrics.json") if line["iteration"] >= 20]
-    before_ = [line["lr"] for line in shop.reference(variant).metrics if line["iteration"] >= 20]
-    problems += (
-        []
-        if after and all(ours != theirs for ours, theirs in zip(after, before_, strict=True))
-        else ["the rate has not changed"]
+    ours, theirs = (
+        [line["lr"] for line in lines if line["iteration"] >= 20]
+        for lines in (judging.figures(bench.run / "metrics.json"), reference.metrics)
     )
+    if not ours or any(rate == other for rate, other in zip(ours, theirs, strict=True)):
+        problems.append("the rate has not changed")
     cause = _line_with("SOLVER.BASE_LR", trainer)
-    found.append(record("changed config", variant, "SOLVER.BASE_LR changed on resume", trainer, problems, cause=cause))
-    return found
+    point = "SOLVER.BASE_LR changed on resume"
+    return record("changed config", bench.variant, point, trainer, problems, cause=cause)
 
 
 def other_ranks(shop: Workshop, variant: Variant, name: str, chance: Random, most: int) -> list[dict[str, Any]]:

@@ -54,6 +54,7 @@ class Task:
 
     @property
     def name(self) -> str:
+        """Under which its cases stand in the report."""
         return f"{self.number:03d} {self.kind} {self.variant.name}"
 
 
@@ -112,7 +113,6 @@ def do(
         return records
     except Exception:
         problem = traceback.format_exc().strip()
-        where = {"loop": task.variant.loop, "ranks": task.variant.ranks, "workers": task.variant.workers}
-        return [{"kind": task.kind, **where, "point": "the campaign itself", "problems": [problem]}]
+        return [{"kind": task.kind, **task.variant.described, "point": "the campaign itself", "problems": [problem]}]
     finally:
         kill_descendants()  # of a case that was interrupted

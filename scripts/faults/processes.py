@@ -169,8 +169,8 @@ def _redirect(folder: Path, number: int) -> None:
         file = os.open(f"{name}{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, descriptor)
         os.close(file)
-    for number_ in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number_, signal.SIG_DFL)
+    for request in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(request, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -226,6 +226,7 @@ def _lead(ranks: list[int]) -> int:
 
 
 def free_port() -> int:
+    """Of this machine, at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -19,8 +19,7 @@ def record(
     """
     code = trainer.code or 0
     found = {
-        **{"kind": kind, "loop": variant.loop, "ranks": variant.ranks, "workers": variant.workers},
-        **{"features": list(variant.features), "point": point},
+        **{"kind": kind, **variant.described, "point": point},
         **{"exit_code": code if code >= 0 else 128 - code, "cause": trainer.last_line(), "seconds": trainer.seconds},
         **more,
         "problems": problems,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import os
 import platform
@@ -12,11 +12,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from imgcls.checkpoint import write_whole
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "torchvision", "detectron2", "fvcore")
 # What decides whether work is lost; the record counts for these files only.
 CODE = (
     "imgcls/engine/*.py",
+    "imgcls/engine/output/*.py",
+    "imgcls/engine/ranks/*.py",
     "imgcls/checkpoint/*.py",
     "imgcls/solver/*.py",
     "imgcls/data/loaders.py",
@@ -41,17 +45,12 @@ def digest() -> str:
 
 def heading(kills: int, seed: int, broken: str) -> dict[str, Any]:
     """Where, with what and of what the cases speak."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = "absent"
+    versions = {library: importlib.import_module(library).__version__ for library in LIBRARIES}
     return {
         "command": f"python scripts/fault_campaign.py --kills {kills} --seed {seed} --out docs/data/faults.json",
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU",
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions},
         "digest": digest(),
         "kills": kills,
         "seed": seed,
@@ -70,12 +69,9 @@ def read(path: Path, head: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def write(path: Path, head: dict[str, Any], parts: dict[str, list[dict[str, Any]]], seconds: float) -> None:
     """Write the report whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = dict(sorted(parts.items()))
     content = {**head, "seconds": round(seconds), "sums": sums(cases(parts)), "parts": parts}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def cases(parts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

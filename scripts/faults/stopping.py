@@ -48,9 +48,9 @@ def stop(
         if trainer.poll():
             break
         os.kill(trainer.pid, getattr(signal, sent))
-        record_ = stopped(bench, trainer, sent, reference)
-        _resumes_where_it_stopped(records, trainer)
-        records.append(record_)
+        latest = stopped(bench, trainer, sent, reference)
+        _resumes_where_it_stopped(records, trainer)  # the one before
+        records.append(latest)
     trainer = bench.fork()
     trainer.wait(LIMIT)
     _resumes_where_it_stopped(records, trainer)
@@ -91,6 +91,7 @@ def stopped(bench: Bench, trainer: Trainer, sent: str, reference: Any) -> dict[s
 
 
 def _resumes_where_it_stopped(records: list[dict[str, Any]], trainer: Trainer) -> None:
+    """Note in the last of ``records`` where ``trainer``, which followed it, went on."""
     if records:
         records[-1]["resumed_at"] = resumed_at(trainer)
         expected = records[-1].pop("expected")

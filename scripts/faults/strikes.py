@@ -140,6 +140,7 @@ def _left(bench: Bench, attempt: int) -> float:
 
 
 def end_of(trainer: Trainer) -> None:
+    """Wait for the end, and bring it about where it does not come within LIMIT."""
     if not trainer.wait(LIMIT):
         trainer.kill()
 

@@ -145,6 +145,28 @@ class _Watched(io.FileIO):
 
 def put_in(tape: Tape) -> None:
     """Let everything that this process does to files below the tape's folder pass through ``tape``, for good."""
+    open_watched, replace, unlink = _opening(tape), _replacing(tape), _unlinking(tape)
+
+    def path_unlink(path: Path, missing_ok: bool = False) -> None:
+        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
+            unlink(path)
+
+    def path_replace(path: Path, new: Any) -> Path:
+        replace(path, new)
+        return type(path)(new)
+
+    builtins.open = io.open = open_watched
+    os.fsync = os.fdatasync = _syncing(tape)
+    os.replace = os.rename = replace
+    os.unlink = os.remove = unlink
+    # Python 3.10's paths remember the functions that they found when pathlib was imported.
+    pathlib.Path.open = lambda path, *args, **options: open_watched(path, *args, **options)  # type: ignore[assignment]
+    pathlib.Path.unlink = path_unlink  # type: ignore[assignment]
+    pathlib.Path.replace = pathlib.Path.rename = path_replace  # type: ignore[assignment]
+
+
+def _opening(tape: Tape) -> Callable[..., Any]:
+    """``open``, whose files below the folder tell the tape of each write."""
 
     def open_watched(
         file: Any,
@@ -165,6 +187,12 @@ def put_in(tape: Tape) -> None:
         # Python flushes after each line where buffering is 1.
         return io.TextIOWrapper(binary, encoding, errors, newline, line_buffering=buffering == 1)
 
+    return open_watched
+
+
+def _syncing(tape: Tape) -> Callable[[Any], None]:
+    """``os.fsync``, which tells the tape what is safe now, and leaves the disk alone."""
+
     def fsync(file: Any) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
         path = os.readlink(f"/proc/self/fd/{descriptor}")
@@ -180,11 +208,23 @@ def put_in(tape: Tape) -> None:
             tape.safe(descriptor)
         return None
 
+    return fsync
+
+
+def _replacing(tape: Tape) -> Callable[..., None]:
+    """``os.replace``; what was there before is kept."""
+
     def replace(old: Any, new: Any, **options: Any) -> None:
         if not tape.watches(new):
             return _replace(old, new, **options)
         tape.note("rename", new, old=os.fspath(old), inode=os.stat(old).st_ino, kept=tape.keep(new))
         return _replace(old, new, **options)
+
+    return replace
+
+
+def _unlinking(tape: Tape) -> Callable[..., None]:
+    """``os.unlink``; what was there is kept."""
 
     def unlink(path: Any, **options: Any) -> None:
         if not tape.watches(path) or not os.path.lexists(path):
@@ -192,22 +232,7 @@ def put_in(tape: Tape) -> None:
         tape.note("unlink", path, kept=tape.keep(path))
         return _unlink(path, **options)
 
-    def path_unlink(path: Path, missing_ok: bool = False) -> None:
-        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
-            unlink(path)
-
-    def path_replace(path: Path, new: Any) -> Path:
-        replace(path, new)
-        return type(path)(new)
-
-    builtins.open = io.open = open_watched
-    os.fsync = os.fdatasync = fsync  # type: ignore[assignment]
-    os.replace = os.rename = replace  # type: ignore[assignment]
-    os.unlink = os.remove = unlink
-    # Python 3.10's paths remember the functions that they found when pathlib was imported.
-    pathlib.Path.open = lambda path, *args, **options: open_watched(path, *args, **options)  # type: ignore[assignment]
-    pathlib.Path.unlink = path_unlink  # type: ignore[assignment]
-    pathlib.Path.replace = pathlib.Path.rename = path_replace  # type: ignore[assignment]
+    return unlink
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

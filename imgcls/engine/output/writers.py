@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,12 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter, get_event_storage
 
-from imgcls.engine.trackers import TRACKERS
-from imgcls.engine.whole_lines import WaitingLines
+from imgcls.engine.machine.memory import peak_memory
+from imgcls.engine.output.trackers import TRACKERS
+from imgcls.engine.output.whole_lines import WaitingLines
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ _WINDOW = 20  # iterations that the rates on the line of progress speak of
 class ProgressLine(EventWriter):
     """``iter 120/1250 epoch 1.92 loss 0.531 lr 0.0498 812 images/s data 3 % eta 0:01:23 memory 512 MB``.
 
-    data: share of the time that was spent waiting for the loader. memory: see :func:`peak_memory`.
+    data: share of the time that was spent waiting for the loader. memory: see ``peak_memory``.
     """
 
     def __init__(self, max_iter: int, global_batch: int, num_images: int) -> None:
@@ -62,18 +61,6 @@ class ProgressLine(EventWriter):
         pass
 
 
-def peak_memory() -> float:
-    """MiB at most so far: of tensors on the GPU; without one, of this process (its data workers apart)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return taken / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 class Stopwatch:
     """Seconds between laps."""
 
@@ -81,6 +68,7 @@ class Stopwatch:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
+        """Since the last lap, or since it was made."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         return seconds

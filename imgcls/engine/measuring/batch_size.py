@@ -14,8 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
-from imgcls.engine.made_up import made_up_batch, made_up_data
-from imgcls.engine.memory import (
+from imgcls.engine.machine.memory import (
     MIB,
     OutOfMemory,
     available_memory,
@@ -24,6 +23,7 @@ from imgcls.engine.memory import (
     peak_resident,
     taken_memory,
 )
+from imgcls.engine.measuring.made_up import made_up_batch, made_up_data
 from imgcls.engine.run import Run
 from imgcls.engine.setup import Data
 
@@ -91,10 +91,10 @@ def _try(processes: Any, cfg: CfgNode, data: Data, batch: int, memory: int) -> T
         process.join()
     if isinstance(answer, Exception):
         raise answer
-    return answer or Trial(batch, said=_end(process.exitcode))
+    return answer or Trial(batch, said=_how_it_ended(process.exitcode))
 
 
-def _end(code: int) -> str:
+def _how_it_ended(code: int) -> str:
     # Libraries that cannot tell end the process; so does the system, of a process that holds too much.
     return f"the process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
@@ -119,7 +119,7 @@ def _peak_of_steps(cfg: CfgNode, data: Data, batch: int, memory: int) -> int:
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if not on_gpu:
         torch.ones(512, 512) @ torch.ones(512, 512)  # its threads need memory of their own
-        _limit(taken_memory() + memory)
+        _limit_memory(taken_memory() + memory)
     run = Run(cfg, data)
     pixels = made_up_batch(cfg, batch)
     with EventStorage(0):
@@ -129,10 +129,10 @@ def _peak_of_steps(cfg: CfgNode, data: Data, batch: int, memory: int) -> int:
     return torch.cuda.max_memory_reserved() if on_gpu else peak_resident()
 
 
-def _limit(most: int) -> None:
+def _limit_memory(most: int) -> None:
     if sys.platform != "linux":
         return
-    import resource
+    import resource  # not on Windows
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     allowed = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]

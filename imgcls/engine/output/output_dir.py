@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from imgcls.checkpoint import whole_file
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre says it, NFS, and FUSE
 _RESULTS = ("model_*.pth", "last_checkpoint", "metrics.json")
 _locks: dict[Path, IO[str]] = {}
 
@@ -23,7 +25,7 @@ def claim(folder: str | Path, *, resume: bool) -> None:
     """Make ``folder`` this job's: create it and lock it until the process ends (even by SIGKILL).
 
     Raises ``ValueError`` when another job holds it, or when it has a job's results and ``resume`` is False; nothing in
-    it is touched then.
+    it is touched then. Where the file system has no locks, as many clusters' have not, that is a warning.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -35,12 +37,18 @@ def claim(folder: str | Path, *, resume: bool) -> None:
         )
     if folder.resolve() in _locks:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK).open("a")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise ValueError(f"OUTPUT_DIR {folder} takes no files ({error}); choose another OUTPUT_DIR") from error
     try:
         portalocker.lock(lock, portalocker.LOCK_EX | portalocker.LOCK_NB)
     except portalocker.exceptions.LockException as error:
         lock.close()
+        if getattr(error.__context__, "errno", None) in _NO_LOCKS:
+            logger.warning("OUTPUT_DIR %s cannot be locked: see to it that no other job writes there", folder)
+            return
         raise ValueError(
             f"OUTPUT_DIR {folder} belongs to a job that is running; wait for it or choose another OUTPUT_DIR"
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import torch
@@ -61,6 +61,18 @@ def peak_resident() -> int:
     return _fields(Path("/proc/self/status"))["VmHWM"]
 
 
+def peak_memory() -> float:
+    """MiB at most so far: of tensors on the GPU; without one, of this process (its data workers apart)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return taken / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def _fields(path: Path) -> dict[str, int]:
     """Of lines such as ``VmData:  1234 kB`` the bytes."""
     rows = (line.split() for line in path.read_text().splitlines())
@@ -114,8 +126,3 @@ def _inactive_files(path: Path) -> int:
     except (OSError, ValueError):
         return 0
     return int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,8 +23,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from imgcls.config import register_check
-from imgcls.engine.compiling import compile_modules
+from imgcls.engine.machine.compiling import compile_modules
 from imgcls.modeling import Trunk, is_classifier
+from imgcls.solver.groups import blocks_of
 from imgcls.structures import Problem
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Sharded:
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(next(whole.parameters()).device.type, (comm.get_world_size(),))
         cut = list(blocks(self.network))
-        compile_modules(compiled, [*cut, self.network.head])  # type: ignore[list-item]
+        compile_modules(compiled, [*cut, self.network.get_submodule("head")])
         for block in cut:
             fully_shard(block, mesh=mesh)
         fully_shard(self.network, mesh=mesh)
@@ -99,7 +100,7 @@ class Sharded:
         if isinstance(self.whole.backbone, Trunk):
             # It asks for a state dict, which in the middle of a forward pass would cut the weights up again.
             self.whole.backbone.require_arrival()
-            self.network.backbone._arrival_settled = True  # type: ignore[union-attr]
+            self.network.backbone._arrival_settled = True  # type: ignore[union-attr] # a Trunk as well
         for parameter in self.whole.parameters():
             parameter.data = parameter.data.new_empty(0)
         self._current = False
@@ -109,10 +110,7 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """What is cut up, and gathered again, as one: the blocks of the trunk's stages; what has no block stays behind."""
     stages = model.backbone.stage_modules() if isinstance(model.backbone, Trunk) else []
     for _, stage in stages:
-        chain = isinstance(stage, (nn.Sequential, nn.ModuleList))
-        for block in stage if chain else [stage]:  # type: ignore[union-attr]
-            if any(True for _ in block.parameters()):
-                yield block
+        yield from (block for block in blocks_of(stage) if any(True for _ in block.parameters()))
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from imgcls.engine.whole_lines import WholeLines
+from imgcls.engine.output.whole_lines import WholeLines
 
 logger = logging.getLogger(__name__)
 
@@ -45,4 +45,4 @@ def quiet_where_full(handler: logging.Handler) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
             tell(record)
 
-    handler.handleError = handle  # type: ignore[method-assign]
+    handler.handleError = handle  # type: ignore[method-assign] # of this one, not of its class

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from imgcls.modeling import Trunk
-from imgcls.structures import Problem
+from imgcls.structures import Problem, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def compile_network(cfg: CfgNode, network: nn.Module) -> None:
 
 def compile_copy(mode: str, network: nn.Module) -> None:
     """The same for a copy of a network that went through it, such as the average of its weights."""
-    compile_modules(mode, [network.backbone, network.head])  # type: ignore[list-item]
+    compile_modules(mode, [network.get_submodule(name) for name in ("backbone", "head")])
 
 
 def compile_modules(mode: str, modules: Iterable[nn.Module]) -> None:
@@ -67,7 +67,6 @@ def _require_it_works(mode: str, device: str) -> None:
     try:
         torch.compile(torch.nn.functional.relu, **_options(mode))(torch.zeros(2, device=device))
     except (RuntimeError, ImportError, OSError, AssertionError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         compiler = "" if shutil.which("c++") or shutil.which("g++") else ". There is no C++ compiler here: install g++"
-        what = f"torch.compile does not work here ({reason}){compiler}"
+        what = f"torch.compile does not work here ({first_line(error)}){compiler}"
         raise Problem(what, mode, f"'' (not compiled), or {WITHOUT_CODE} to look for faults", KEY).error() from error

@@ -18,18 +18,20 @@ from types import FrameType
 
 import torch
 
-from imgcls.engine.stopping import CODES, TOGETHER, URGENT, name_of
+from imgcls.engine.ranks.stopping import CODES, TOGETHER, URGENT, name_of
 
 GRACE = 5.0  # seconds from the first rank's fault, in which the others end by themselves, to SIGKILL
 LEAVE_WITHIN = 20.0  # the same from the first rank that has ended as it was asked to
 NOT_ANSWERED = 124  # exit code when a rank hangs, as that of timeout(1)
 _LOOK = 0.1  # seconds between two looks at the ranks
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Looked up here, once: a child may call it between fork and exec, where loading a library could wait for ever.
+_prctl = ctypes.CDLL(None).prctl if sys.platform.startswith("linux") else None
 
 # What a rank says of itself; the launcher reads it when the rank is gone.
 RUNNING, DONE, LOST_ANOTHER, WAITED_IN_VAIN = range(4)
 
-Place = Callable[[int, int, str], None]  # joins (rank, world, url)
+Join = Callable[[int, int, str], None]  # of rank, number of ranks, and URL where they meet
 
 
 class Notes:
@@ -50,9 +52,11 @@ class Notes:
         return self.of(self._rank)
 
     def stands(self, how: int) -> None:
+        """Note how this rank stands: RUNNING, DONE, LOST_ANOTHER or WAITED_IN_VAIN."""
         self._shared[2 * self._rank] = how
 
     def reached(self, iteration: int) -> None:
+        """Note the iteration that this rank begins."""
         self._shared[2 * self._rank + 1] = iteration
 
 
@@ -62,7 +66,7 @@ notes = Notes([RUNNING, -1])
 
 def launch_ranks(
     main: Callable[[], None],
-    join: Place,
+    join: Join,
     *,
     ranks: int,
     machines: int = 1,
@@ -87,7 +91,7 @@ def launch_ranks(
     context = multiprocessing.get_context(method)
     shared = context.RawArray("l", [RUNNING, -1] * ranks)
     processes = [
-        context.Process(  # type: ignore[attr-defined]
+        context.Process(  # type: ignore[attr-defined] # the contexts' common class declares none
             target=_rank,
             args=(main, join, machine * ranks + local, machines * ranks, url, shared, local, os.getpid()),
             name=f"rank {machine * ranks + local}",
@@ -123,7 +127,7 @@ def _free_port() -> int:
 
 def _rank(
     main: Callable[[], None],
-    join: Place,
+    join: Join,
     rank: int,
     world: int,
     url: str,
@@ -144,10 +148,14 @@ def _rank(
     notes.stands(DONE)
 
 
-def end_with(parent: int) -> None:
-    """End this process by SIGKILL when ``parent``, which has started it, is gone."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+def end_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have this process end when ``parent``, which has started it, is gone.
+
+    number: the signal that the kernel sends then, after an exec too. Elsewhere than on Linux a thread looks every half
+    second, for as long as this program runs, and ends it by SIGKILL.
+    """
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     else:
         threading.Thread(target=_end_when_orphaned, args=(parent,), name="watch over launcher", daemon=True).start()
     if os.getppid() != parent:

@@ -17,8 +17,8 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from imgcls.engine import launching
-from imgcls.engine.launching import LOST_ANOTHER, NOT_ANSWERED, WAITED_IN_VAIN, launch_ranks
+from imgcls.engine.ranks import launching
+from imgcls.engine.ranks.launching import LOST_ANOTHER, NOT_ANSWERED, WAITED_IN_VAIN, launch_ranks
 
 T = TypeVar("T")
 
@@ -40,6 +40,9 @@ def launch(main: Callable[..., None], args: Any) -> None:
             main(args)
             dist.destroy_process_group()
         return
+    if not 0 <= args.machine_rank < args.num_machines:
+        machines = f"the {args.num_machines} machines (--num-machines)"
+        raise ValueError(f"--machine-rank {args.machine_rank}, but {machines} are counted from 0")
     if args.num_gpus > 1 and not torch.cuda.is_available():
         print(f"no GPU here: starting {args.num_gpus} processes on the CPU (gloo) instead", file=sys.stderr)
     elif torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():

@@ -11,10 +11,10 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from imgcls.engine.distributed import first_rank_does
-from imgcls.engine.output_dir import mend_lines
+from imgcls.engine.output.output_dir import mend_lines
+from imgcls.engine.output.whole_lines import WholeLines
+from imgcls.engine.ranks.distributed import first_rank_does
 from imgcls.engine.step import sample_ids
-from imgcls.engine.whole_lines import WholeLines
 
 logger = logging.getLogger(__name__)
 

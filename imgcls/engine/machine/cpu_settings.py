@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 LEAST_PIXELS = 128 * 128
 # Multiply-adds of a convolution or linear layer, in the mean of the network, on one micro-batch. With fewer, what
 # autocast adds to each layer (casting its weights and maps) costs more than bfloat16 saves: docs/training-speed.md.
-LEAST_WORK = 25_000_000
+LEAST_WORK = 30_000_000
 # Networks of depthwise convolutions move data more than they multiply, and gain on large maps only.
 LIGHT = 200  # multiply-adds for an element of their output, in the mean of the layers: those with fewer are such
 LEAST_LIGHT_WORK = 80_000_000

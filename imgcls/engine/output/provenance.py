@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 
 import imgcls
-from imgcls.checkpoint import whole_file
+from imgcls.checkpoint import write_whole
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.txt"
 _GIT_SECONDS = 0.5  # that each question to git may take
@@ -29,10 +29,10 @@ def describe(cfg: CfgNode, start: int = 0, notes: str = "") -> None:
     """
     folder = Path(cfg.OUTPUT_DIR)
     _keep_old_config(folder, cfg.dump(), start)
-    _write(folder / CONFIG, cfg.dump())
+    write_whole(folder / CONFIG, cfg.dump())
     environment = folder / ENVIRONMENT
     before = environment.read_text(encoding="utf-8", errors="replace") if environment.exists() else ""
-    _write(environment, before + ("\n" if before else "") + section(cfg, start, notes))
+    write_whole(environment, before + ("\n" if before else "") + section(cfg, start, notes))
 
 
 def section(cfg: CfgNode, start: int, notes: str = "") -> str:
@@ -63,7 +63,7 @@ def revision(folder: Path) -> str:
 
 
 def _own_revision() -> str:
-    package = Path(__file__).resolve().parents[1]
+    package = Path(imgcls.__file__).resolve().parent
     # An installed package may lie in somebody else's repository, as a virtual environment often does.
     tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
     return revision(package) if tracked else "installed, no checkout"
@@ -87,9 +87,4 @@ def _keep_old_config(folder: Path, text: str, start: int) -> None:
         return
     before = path.read_text(encoding="utf-8", errors="replace")
     if before != text:
-        _write(aside, before)
-
-
-def _write(path: Path, text: str) -> None:
-    with whole_file(path) as file:
-        file.write(text.encode("utf-8"))
+        write_whole(aside, before)

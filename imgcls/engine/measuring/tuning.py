@@ -15,8 +15,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from imgcls.engine.cpu_settings import has_fast_bfloat16
-from imgcls.engine.made_up import made_up_batch, made_up_data
+from imgcls.engine.machine.cpu_settings import has_fast_bfloat16
+from imgcls.engine.measuring.made_up import made_up_batch, made_up_data
 from imgcls.engine.run import Run
 from imgcls.engine.setup import Data
 from imgcls.structures import Problem
@@ -37,6 +37,7 @@ class Candidate:
 
     @property
     def median(self) -> float:
+        """Of its seconds."""
         return statistics.median(self.seconds)
 
     def put_into(self, cfg: CfgNode) -> None:

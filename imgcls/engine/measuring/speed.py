@@ -42,8 +42,9 @@ class Speed:
 def measure_speed(cfg: CfgNode, data: Data, seconds: float = 4.0) -> Speed:
     """Measure for ``seconds`` each, and at least two batches, of ``CPU_BATCH`` images at most on a CPU.
 
-    cfg: with everything decided, as engine.setup does.
+    cfg: with everything decided, as engine.setup does. data: with a training set.
     """
+    assert data.train is not None
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.MAX_ITER = _MANY
@@ -55,14 +56,14 @@ def measure_speed(cfg: CfgNode, data: Data, seconds: float = 4.0) -> Speed:
     def look_at_workers() -> None:
         memory.extend(_pss(worker.pid) for worker in set(multiprocessing.active_children()) - before)
 
-    batches = iter(build_train_loader(cfg, data.train))  # type: ignore[arg-type]
+    batches: Any = iter(build_train_loader(cfg, data.train))
     try:
         batch = next(batches)
         # What the workers have prepared while the first batch was waited for says nothing of their pace.
         ready = cfg.DATALOADER.NUM_WORKERS
         loader = _per_second(batches, len(batch), seconds, ready, look_at_workers)
     finally:
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     run = Run(cfg, data)
     with EventStorage(0):
         step = _per_second(_steps(run, batch), len(batch), seconds, 1)

@@ -22,7 +22,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from imgcls.config import add_imgcls_config, register_check
-from imgcls.structures import Problem
+from imgcls.modeling import is_classifier
+from imgcls.structures import Problem, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Tracker(EventWriter):
                 except Exception as error:
                     if not warned:
                         text = "%s cannot be reached, training goes on (metrics.json has everything): %s"
-                        logger.warning(text, self.name, _first_line(error))
+                        logger.warning(text, self.name, first_line(error))
                     warned = True
                 if last_try:
                     return
@@ -194,14 +195,10 @@ def _differences(ours: CfgNode, theirs: CfgNode, prefix: str = "") -> Iterator[t
             yield prefix + key, str(value)
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 @register_check
 def check_writers(cfg: CfgNode) -> list[Problem]:
     """What ``SOLVER.WRITERS`` names must be installed; the service itself may be away."""
-    if cfg.MODEL.META_ARCHITECTURE != "ClsNet":
+    if not is_classifier(cfg):
         return []
     absent = [
         name

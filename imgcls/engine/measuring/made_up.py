@@ -22,7 +22,7 @@ class LengthOnly(Source):
 
 def made_up_data(data: Data) -> Data:
     """What a run asks of ``data`` before it reads any: the length of the training set, and the classes."""
-    return Data(LengthOnly(len(data.train or ()), data.classes), None, data.classes)
+    return Data(LengthOnly(data.images, data.classes), None, data.classes)
 
 
 def made_up_batch(cfg: CfgNode, images: int, *, seed: int = 0) -> Batch:

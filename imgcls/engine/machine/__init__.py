@@ -1,0 +1,1 @@
+"""What the machine at hand allows: precision, compilation, memory, settings for its CPU."""
